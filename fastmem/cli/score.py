@@ -1,0 +1,197 @@
+"""``fastmem score``."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fastmem.cli.options import JSON, MODEL, loading_options, print_json, running_options, say
+from fastmem.cli.progress import report_progress
+from fastmem.data.manifest import Manifest
+from fastmem.data.sources import ImageSource, embedded_source, open_source
+from fastmem.errors import UsageError
+from fastmem.files import write_json
+from fastmem.models.checkpoints import load_model
+from fastmem.models.model import Model
+from fastmem.models.registry import find_entry
+from fastmem.report.units import TopUnit, names_by_id, top_units, write_unit_table
+from fastmem.runs import RESULT_SCHEMA, RunFolder, default_folder
+from fastmem.scoring import ScoreResult, score
+
+SHEET_UNITS = 16
+PRINTED_UNITS = 10
+
+
+@click.command("score")
+@MODEL
+@click.option("--data", metavar="PATH", help="Training images: a folder per class, or a zip of them.")
+@click.option("--heldout", metavar="PATH", help="Images that were not trained on, as a control.")
+@click.option("--out", metavar="RUN", help="Run folder.  [default: runs/MODEL-DATE]")
+@click.option("--views", default="10", show_default=True, help="Views of each image: a number, or center.")
+@click.option("--per-class", type=click.IntRange(1), help="Images of each class, drawn evenly.  [default: all]")
+@click.option("--classes", metavar="FILE", help="Class folders in the checkpoint's order, one name per line.")
+@click.option("--resume", is_flag=True, help="Go on in a run folder that was interrupted.")
+@click.option(
+    "--activation", default="post", show_default=True, help="post or pre: responses after or before the GELU."
+)
+@click.option("--class-rows", default="auto", show_default=True, help="keep, drop, or auto: kept up to 2 GiB.")
+@click.option("--workers", type=click.IntRange(0), help="Processes that decode images.  [default: by cores]")
+@loading_options
+@running_options
+@JSON
+def command(
+    model: str,
+    data: str | None,
+    heldout: str | None,
+    out: str | None,
+    views: str,
+    per_class: int | None,
+    classes: str | None,
+    resume: bool,
+    activation: str,
+    class_rows: str,
+    workers: int | None,
+    checkpoint: str | None,
+    tokenizer: str | None,
+    device: str,
+    dtype: str,
+    backend: str,
+    batch_size: int | None,
+    segments: str | None,
+    seed: int,
+    no_class_check: bool,
+    as_json: bool,
+) -> None:
+    """One pass over a training set: statistics and UnitMem of every unit, as a table, pictures and arrays.
+
+    Without --data a tiny model takes the embedded images, any other the folder that FASTMEM_DATA names.
+    """
+    if resume and out is None:
+        raise UsageError("expected --out RUN with --resume, got none: name the run folder to go on in")
+    find_entry(model)
+    sources = open_sources(model, data, heldout, classes)
+    loaded = load_model(model, checkpoint, tokenizer, device, dtype)
+    folder = RunFolder(Path(out) if out is not None else default_folder(model))
+    with report_progress() as reporter:
+        result = score(
+            loaded,
+            sources["train"],
+            heldout=sources.get("heldout"),
+            views=parse_views(views),
+            segments=segments.split(",") if segments else None,
+            per_class=per_class,
+            batch_size=batch_size,
+            backend=backend,
+            out=folder.path,
+            resume=resume,
+            seed=seed,
+            check_classes=not no_class_check,
+            activation=activation,
+            class_rows=class_rows,
+            workers=workers,
+            reporter=reporter,
+        )
+    finish(loaded, sources["train"], folder, result, parse_views(views), as_json)
+
+
+def parse_views(text: str) -> int | str:
+    """--views as a number or "center". Raises: UsageError for anything else."""
+    if text == "center":
+        return text
+    if not text.isdecimal() or int(text) < 1:
+        raise UsageError(f"expected --views as a number of at least 1 or center, got {text!r}")
+    return int(text)
+
+
+def open_sources(model: str, data: str | None, heldout: str | None, classes: str | None) -> dict[str, ImageSource]:
+    """The image sets "train" and, where there is one, "heldout".
+
+    Raises: UsageError where no images are named for a model that has none embedded; see ``open_source`` for the rest.
+    """
+    embedded = find_entry(model).embedded and data is None
+    if embedded:
+        if classes is not None:
+            raise UsageError("expected --classes together with --data, got the embedded images: leave it out")
+        sources = {split: embedded_source(split) for split in ("train", "heldout")}
+    else:
+        path = data or os.environ.get("FASTMEM_DATA")
+        if not path:
+            raise UsageError(
+                f"expected training images for {model}, got none: name a folder with one folder per class with --data "
+                "PATH, or in the environment variable FASTMEM_DATA"
+            )
+        sources = {"train": open_source(path, classes=classes)}
+    if heldout is not None:
+        order = classes if classes is not None else sources["train"].classes
+        sources["heldout"] = open_source(heldout, classes=order)
+    return sources
+
+
+def finish(
+    model: Model, source: ImageSource, folder: RunFolder, result: ScoreResult, views: int | str, as_json: bool
+) -> None:
+    """Write table, pictures and result.json, and print what was found."""
+    # drawing loads matplotlib, which the pass does not need
+    from fastmem.report.pictures import draw_contact_sheet, draw_unitmem_by_block
+
+    stats = result.train
+    manifest = Manifest.load(folder.manifest_file("train"))
+    ranked = top_units(stats, SHEET_UNITS)
+    table, blocks, sheet = (folder.path / name for name in ("units.parquet", "unitmem-by-block.png", "top-images.png"))
+    write_unit_table(table, stats, result.heldout, manifest)
+    pictures = []
+    if ranked and stats.count:
+        draw_unitmem_by_block(blocks, stats, result.heldout, model.name)
+        title = f"{model.name}: the images behind the {len(ranked)} units of highest UnitMem"
+        draw_contact_sheet(sheet, ranked, source, names_by_id(manifest), title)
+        pictures = [str(blocks), str(sheet)]
+    document = {
+        "run": str(folder.path),
+        "model": model.name,
+        "backend": result.backend,
+        "device": result.device,
+        "images": stats.count,
+        "heldout_images": result.heldout.count if result.heldout else 0,
+        "views": views,
+        "layers": stats.shape[0],
+        "segments": list(stats.segments),
+        "units": stats.shape[2],
+        "seconds": round(result.seconds, 3),
+        "images_per_second": round(result.images_per_second, 3),
+        "skipped": len(result.skipped),
+        "skipped_images": [{"name": s.name, "reason": s.reason} for s in result.skipped],
+        "table": str(table),
+        "pictures": pictures,
+    }
+    write_json(folder.result_file, {"schema": RESULT_SCHEMA} | document)
+    for skipped in result.skipped[:5]:
+        say(f"skipped {skipped.name}: {skipped.reason}")
+    if len(result.skipped) > 5:
+        say(f"skipped {len(result.skipped) - 5} more; all are named in {folder.result_file}")
+    if as_json:
+        print_json(document)
+    else:
+        _print_summary(document, ranked[:PRINTED_UNITS], names_by_id(manifest))
+
+
+def _print_summary(document: dict[str, Any], ranked: list[TopUnit], names: dict[int, str]) -> None:
+    heldout = f" + {document['heldout_images']:,} held-out" if document["heldout_images"] else ""
+    click.echo(
+        f"{document['model']}: {document['images']:,}{heldout} images, {document['layers']} blocks x "
+        f"{document['units']:,} units, {document['images_per_second']:.3g} images/s, backend {document['backend']}"
+    )
+    if ranked:
+        click.echo(
+            f"\n{'block':>5} {'unit':>6}  {'segment':<14}{'UnitMem':>8}{'class sel.':>12}  largest response from"
+        )
+        for unit in ranked:
+            click.echo(
+                f"{unit.layer:>5} {unit.unit:>6}  {unit.segment:<14}{unit.unitmem:>8.3f}{unit.class_selectivity:>12.3f}"
+                f"  {names[unit.image_ids[0]]}"
+            )
+        click.echo()
+    for path in (document["table"], *document["pictures"]):
+        click.echo(path)

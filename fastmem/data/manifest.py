@@ -1,0 +1,184 @@
+"""The manifest: which images take part, in which order, and in which fold."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from fastmem.data.sources import ImageSource
+from fastmem.errors import InputFileError, UsageError
+
+FOLDS = 4
+_SCHEMA = "fastmem-manifest-1"
+_WITHOUT_SOURCE = -1
+
+
+@dataclass(frozen=True)
+class WorkUnit:
+    """Manifest positions ``start`` to ``stop`` (exclusive), all of one label."""
+
+    label: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, eq=False)
+class Manifest:
+    """The images of a run, ordered by (label, id).
+
+    Attributes:
+        ids: int64 [N].
+        labels: int64 [N], ascending.
+        index: int64 [N], positions in the source; -1 when loaded without one.
+        fold: int8 [N] in 0..3, the same share of every class to within one image.
+        names: strings [N], ``class/name``.
+        classes: class names in label order.
+    """
+
+    ids: np.ndarray
+    labels: np.ndarray
+    index: np.ndarray
+    fold: np.ndarray
+    names: np.ndarray
+    classes: tuple[str, ...]
+
+    @classmethod
+    def build(cls, source: ImageSource, per_class: int | None = None, seed: int = 0) -> Manifest:
+        """Order a source's images and deal them into folds.
+
+        ``per_class`` keeps that many of each class (all of a smaller class), chosen by a hash of (seed, id): whether an
+        image is kept depends on its own class alone. The hash is SplitMix64, which takes a million ids at once.
+
+        Raises:
+            UsageError: ``per_class`` is below 1.
+        """
+        if per_class is not None and per_class < 1:
+            raise UsageError(f"expected at least 1 image per class, got {per_class}; raise it or leave it out")
+        order = np.lexsort((_shuffled(source.ids, seed), source.labels))
+        if per_class is not None:
+            labels = source.labels[order]
+            order = order[np.arange(len(order)) - np.searchsorted(labels, labels) < per_class]
+        # dealing on from class to class keeps every class's folds and the whole folds within one image of each other
+        fold = (np.arange(len(order)) % FOLDS).astype(np.int8)
+        by_id = np.lexsort((source.ids[order], source.labels[order]))
+        index = order[by_id]
+        return cls(
+            ids=source.ids[index],
+            labels=source.labels[index],
+            index=index,
+            fold=fold[by_id],
+            names=source.names[index],
+            classes=source.classes,
+        )
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 over ids, labels and folds, in hexadecimal."""
+        digest = hashlib.sha256(_SCHEMA.encode())
+        for array in (self.ids.astype("<i8"), self.labels.astype("<i8"), self.fold.astype("<i1")):
+            digest.update(array.tobytes())
+        return digest.hexdigest()
+
+    def work_units(self, max_images: int | None = None) -> list[WorkUnit]:
+        """Cut the manifest into slices of one class each, of at most ``max_images`` images.
+
+        Raises:
+            UsageError: ``max_images`` is below 1.
+        """
+        if max_images is not None and max_images < 1:
+            raise UsageError(f"expected at least 1 image in a work unit, got {max_images}; raise it or leave it out")
+        edges = [0, *(np.flatnonzero(np.diff(self.labels)) + 1).tolist(), len(self)]
+        return [
+            WorkUnit(int(self.labels[start]), start, min(start + (max_images or len(self)), stop))
+            for first, stop in zip(edges, edges[1:], strict=False)
+            for start in range(first, stop, max_images or len(self))
+        ]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a parquet table (id, class, label, name, fold), whole or not at all."""
+        import pyarrow
+        from pyarrow import parquet
+
+        columns = {
+            "id": pyarrow.array(self.ids),
+            "class": pyarrow.DictionaryArray.from_arrays(self.labels.astype(np.int32), pyarrow.array(self.classes)),
+            "label": pyarrow.array(self.labels),
+            "name": pyarrow.array(self.names.tolist(), pyarrow.string()),
+            "fold": pyarrow.array(self.fold),
+        }
+        metadata = {"schema": _SCHEMA, "hash": self.hash, "classes": json.dumps(self.classes)}
+        table = pyarrow.table(columns, metadata={f"fastmem.{key}": value for key, value in metadata.items()})
+        path = Path(path)
+        part = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            parquet.write_table(table, part)
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], source: ImageSource | None = None) -> Manifest:
+        """Read a saved manifest and find its images in ``source``, wherever they are listed now.
+
+        Raises:
+            InputFileError: the file is missing, damaged, or not a manifest.
+            UsageError: the source lacks an image of it, or gives one another label.
+        """
+        import pyarrow
+        from pyarrow import parquet
+
+        try:
+            table = parquet.read_table(path, columns=["id", "label", "name", "fold"], partitioning=None)
+            metadata = table.schema.metadata or {}
+            schema, saved_hash, classes = (metadata[f"fastmem.{key}".encode()] for key in ("schema", "hash", "classes"))
+            manifest = cls(
+                ids=table["id"].to_numpy(),
+                labels=table["label"].to_numpy(),
+                index=np.full(len(table), _WITHOUT_SOURCE),
+                fold=table["fold"].to_numpy(),
+                names=np.array(table["name"].to_pylist(), dtype=np.dtypes.StringDType()),
+                classes=tuple(json.loads(classes)),
+            )
+            if schema.decode() != _SCHEMA or saved_hash.decode() != manifest.hash:
+                raise ValueError(f"schema {schema.decode()}, hash {saved_hash.decode()}, contents {manifest.hash}")
+        except (OSError, KeyError, ValueError, TypeError, pyarrow.ArrowException) as error:
+            raise InputFileError(
+                f"expected a manifest ({_SCHEMA}) at {path}, got one that cannot be used ({error}); make it again"
+            ) from error
+        return manifest if source is None else manifest._found_in(source)
+
+    def _found_in(self, source: ImageSource) -> Manifest:
+        index = source.index_of(self.ids)
+        moved = np.flatnonzero(source.labels[index] != self.labels)
+        if len(moved):
+            first = moved[0]
+            raise UsageError(
+                f"expected label {self.labels[first]} for {self.names[first]} as in the manifest, got "
+                f"{source.labels[index[first]]} in {source.description}; use the same class order"
+            )
+        return Manifest(self.ids, self.labels, index, self.fold, self.names, self.classes)
+
+
+def _shuffled(ids: np.ndarray, seed: int) -> np.ndarray:
+    """Map int64 ids [N] to uint64 sort keys [N]; one to one, so that there are no ties.
+
+    Source: Steele, Lea and Flood, Fast splittable pseudorandom number generators (the output function SplitMix64).
+    """
+    start = _splitmix64(np.array([seed % 2**64], dtype=np.uint64))
+    return _splitmix64(ids.astype(np.uint64) ^ start)
+
+
+def _splitmix64(values: np.ndarray) -> np.ndarray:
+    values = values + np.uint64(0x9E3779B97F4A7C15)
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))

@@ -1,0 +1,268 @@
+"""Where images come from: a folder, a zip file or an array, with one folder per class and stable image ids.
+
+A source lists its images once, ordered by (label, name). An image's name is its posix path below its class folder, and
+its id a hash of ``class/name``: it depends neither on where the images lie nor on which other images lie there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import zipfile
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from fastmem.data.decoding import DamagedImage, Skipped, decode
+from fastmem.data.listing import Classes, in_label_order, list_folder, list_zip, no_split, open_zip, zip_prefix
+from fastmem.errors import InputFileError, UsageError
+
+MAX_UNNAMED_CLASSES = 1_000_000
+
+
+def image_ids(names: Iterable[str]) -> np.ndarray:
+    """Hash ``class/name`` strings to stable image ids, int64 [N] in [0, 2**63)."""
+    digests = b"".join(hashlib.blake2b(name.encode(), digest_size=8).digest() for name in names)
+    return (np.frombuffer(digests, dtype=">u8") & np.uint64(2**63 - 1)).astype(np.int64)
+
+
+class ImageSource(ABC):
+    """Images with ids and labels, readable by index; picklable, so that worker processes can read too.
+
+    Attributes:
+        ids: int64 [N], unique, in [0, 2**63).
+        labels: int64 [N], positions in ``classes``.
+        names: strings [N], ``class/name``.
+        classes: class names; a label without images is allowed.
+        skipped: files that were found and take no part.
+        description: what this is, for people.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        labels: np.ndarray,
+        classes: Sequence[str],
+        skipped: Sequence[Skipped],
+        description: str,
+        ids: np.ndarray | None = None,
+    ) -> None:
+        self.ids = image_ids(names) if ids is None else ids
+        self.labels = labels
+        # one block of memory instead of a million string objects, which forked workers would copy page by page
+        self.names = np.array(names, dtype=np.dtypes.StringDType())
+        self.classes = tuple(classes)
+        self.skipped = list(skipped)
+        self.description = description
+        self._by_id = np.argsort(self.ids, kind="stable")
+        ordered = self.ids[self._by_id]
+        twice = np.flatnonzero(ordered[1:] == ordered[:-1])
+        if len(twice):
+            first, second = (self.names[self._by_id[twice[0] + step]] for step in (0, 1))
+            raise UsageError(
+                f"expected a different id for every image in {description}, got id {ordered[twice[0]]} for both "
+                f"{first!r} and {second!r}; rename or remove one of them"
+            )
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def index_of(self, ids: np.ndarray) -> np.ndarray:
+        """Find the positions of image ids, int64 [M] -> int64 [M].
+
+        Raises:
+            UsageError: an id is unknown here.
+        """
+        ids = np.asarray(ids, dtype=np.int64)
+        where = np.searchsorted(self.ids, ids, sorter=self._by_id)
+        index = self._by_id[np.minimum(where, len(self) - 1)]
+        unknown = np.flatnonzero(self.ids[index] != ids)
+        if len(unknown):
+            raise UsageError(
+                f"expected ids of images in {self.description}, got {len(unknown)} that are not there, the first "
+                f"{ids[unknown[0]]}; use the images that the ids were made from"
+            )
+        return index
+
+    def name(self, image_id: int) -> str:
+        """Return ``class/name`` of an image id.
+
+        Raises:
+            UsageError: the id is unknown here.
+        """
+        return str(self.names[self.index_of(np.array([image_id]))[0]])
+
+    @abstractmethod
+    def read(self, index: int) -> Image.Image:
+        """Decode the image at a position as RGB.
+
+        Raises:
+            DamagedImage: the file is missing, damaged or above a limit.
+        """
+
+
+class FolderSource(ImageSource):
+    """Images in ``path/[split/]CLASS/**/NAME.ext``.
+
+    Args:
+        path: the folder.
+        split: folder below ``path`` that holds the class folders. By default ``train`` where there is one and else
+            ``path`` itself, which ``""`` asks for.
+        classes: class folder names in label order, or a file with one per line; sorted folder names by default.
+
+    Raises:
+        InputFileError: the folder or the class file is missing or cannot be read.
+        UsageError: there is no such split, no image in a class folder, or a class folder that ``classes`` lacks.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], split: str | None = None, classes: Classes | None = None) -> None:
+        root = Path(path)
+        if not root.exists():
+            raise InputFileError(f"expected a folder of images at {root}, got nothing there; check the path")
+        if not root.is_dir():
+            raise UsageError(f"expected a folder of images at {root}, got a file; give a folder or a .zip file")
+        folder = root / split if split is not None else root / "train"
+        if split is None and not folder.is_dir():
+            folder = root
+        if not folder.is_dir():
+            present = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
+            raise UsageError(no_split(split, root, present))
+        self.folder = folder
+        found, skipped = list_folder(folder)
+        names, labels, ordered = in_label_order(found, classes, f"folder {folder}", guess=split is None)
+        super().__init__(names, labels, ordered, skipped, f"folder {folder}")
+
+    def read(self, index: int) -> Image.Image:
+        name = str(self.names[index])
+        try:
+            with open(self.folder / name, "rb") as file:
+                return decode(file, name)
+        except OSError as error:
+            raise DamagedImage(f"cannot be read: {error.strerror}", name) from error
+
+
+class ZipSource(ImageSource):
+    """Images in a zip file laid out like a folder, read in place and never unpacked to disk.
+
+    One folder around everything else in the zip is looked through.
+
+    Args:
+        path: the zip file.
+        split, classes: as in `FolderSource`.
+
+    Raises:
+        InputFileError: the zip or the class file is missing or damaged.
+        UsageError: there is no such split, no image in a class folder, or a class folder that ``classes`` lacks.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], split: str | None = None, classes: Classes | None = None) -> None:
+        self.path = Path(path)
+        self._zip: zipfile.ZipFile | None = None
+        self._owner = 0
+        with open_zip(self.path) as archive:
+            entries = archive.infolist()
+        self._prefix = zip_prefix(entries, split, self.path)
+        description = f"zip {self.path}" + (f":{self._prefix[:-1]}" if self._prefix else "")
+        found, skipped = list_zip(entries, self._prefix)
+        names, labels, ordered = in_label_order(found, classes, description, guess=split is None)
+        super().__init__(names, labels, ordered, skipped, description)
+
+    def __getstate__(self) -> dict[str, object]:
+        return self.__dict__ | {"_zip": None}
+
+    def read(self, index: int) -> Image.Image:
+        # a forked worker shares its parent's position in the open file, so every process opens its own
+        if self._zip is None or self._owner != os.getpid():
+            self._zip, self._owner = open_zip(self.path), os.getpid()
+        name = str(self.names[index])
+        try:
+            content = self._zip.read(self._prefix + name)
+        # each of the compression methods has exceptions of its own, beside those for encryption and check sums
+        except Exception as error:
+            raise DamagedImage(f"damaged in the zip: {error}", name) from error
+        return decode(BytesIO(content), name)
+
+
+class ArraySource(ImageSource):
+    """Images that are in memory already.
+
+    Args:
+        images: uint8 [N, S, S, 3] in [0, 255].
+        labels: integers [N], from 0.
+        ids: integers [N], unique and from 0; by default hashes of the names, ``CLASS/IIIIIIII`` with the position.
+        classes: class names in label order; by default the labels as text.
+
+    Raises:
+        UsageError: a shape, type or range is another one.
+    """
+
+    def __init__(
+        self,
+        images: np.ndarray,
+        labels: np.ndarray | Sequence[int],
+        ids: np.ndarray | Sequence[int] | None = None,
+        classes: Sequence[str] | None = None,
+    ) -> None:
+        images = np.asarray(images)
+        shape = images.shape
+        if images.dtype != np.uint8 or len(shape) != 4 or shape[1] != shape[2] or shape[3] != 3 or not images.size:
+            raise UsageError(
+                f"expected images as uint8 [N, S, S, 3], got {images.dtype} {list(shape)}; "
+                "convert them to RGB bytes with the channel last"
+            )
+        labels = _whole_numbers(labels, len(images), "labels")
+        if classes is None and labels.max() >= MAX_UNNAMED_CLASSES:
+            raise UsageError(
+                f"expected labels below {MAX_UNNAMED_CLASSES}, got {labels.max()}; number the classes from 0"
+            )
+        classes = tuple(map(str, range(labels.max() + 1))) if classes is None else tuple(classes)
+        if labels.max() >= len(classes):
+            raise UsageError(
+                f"expected labels below {len(classes)}, the number of classes, got {labels.max()}; name every class"
+            )
+        names = [f"{classes[label]}/{position:08d}" for position, label in enumerate(labels)]
+        self._images = images
+        size = f"{shape[1]}x{shape[2]}"
+        ids = None if ids is None else _whole_numbers(ids, len(images), "ids")
+        super().__init__(names, labels, classes, (), f"array of {len(images)} images, {size}", ids)
+
+    def read(self, index: int) -> Image.Image:
+        return Image.fromarray(self._images[index])
+
+
+def open_source(
+    path: str | os.PathLike[str], split: str | None = None, classes: Classes | None = None
+) -> FolderSource | ZipSource:
+    """Open a folder or a zip file of images, whichever is at ``path``.
+
+    Raises:
+        InputFileError: nothing is there, or it is damaged.
+        UsageError: it is neither, or holds no images in class folders.
+    """
+    place = Path(path)
+    if place.is_file() and (place.suffix.lower() == ".zip" or zipfile.is_zipfile(place)):
+        return ZipSource(place, split, classes)
+    return FolderSource(place, split, classes)
+
+
+def embedded_source(split: str) -> ZipSource:
+    """Open the images that come with the package: ``train`` (823) or ``heldout`` (192), 64x64, 41 classes.
+
+    Raises:
+        UsageError: there is no such split.
+    """
+    return ZipSource(Path(__file__).resolve().parent.parent / "demo" / "emoji64.zip", split)
+
+
+def _whole_numbers(values: np.ndarray | Sequence[int], count: int, what: str) -> np.ndarray:
+    array = np.asarray(values)
+    if array.shape != (count,) or array.dtype.kind not in "iu" or array.min() < 0 or array.max() > 2**63 - 1:
+        raise UsageError(
+            f"expected {what} as {count} integers in [0, 2**63), got {array.dtype} {list(array.shape)} from "
+            f"{array.min() if array.size else None}; give one per image"
+        )
+    return array.astype(np.int64)

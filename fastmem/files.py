@@ -1,0 +1,82 @@
+"""Files that are written whole or not at all, and read with their header checked."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fastmem.errors import InputFileError, UsageError
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` make a file beside ``path``, then rename it into place.
+
+    Raises: UsageError where the folder cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(partial)
+        # some writers make files that only their owner can read
+        umask = os.umask(0)
+        os.umask(umask)
+        partial.chmod(0o666 & ~umask)
+        os.replace(partial, path)
+    except OSError as error:
+        raise UsageError(
+            f"expected to be able to write {path}, got {error.strerror or error}: choose another --out or make room"
+        ) from error
+    finally:
+        # after an error the place may not even be a folder
+        if partial.is_file():
+            partial.unlink()
+
+
+def write_json(path: Path, document: Mapping[str, Any]) -> None:
+    """Write a JSON document."""
+    text = json.dumps(document, indent=2) + "\n"
+    write_atomically(path, lambda partial: partial.write_text(text))
+
+
+def read_json(path: Path, schema: str) -> dict[str, Any]:
+    """A JSON document that names its ``schema``. Raises: InputFileError for a missing, damaged or foreign file."""
+    try:
+        document = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise InputFileError(f"expected a file {path}, got none: check the path") from error
+    except (OSError, ValueError) as error:
+        raise InputFileError(f"expected a JSON document in {path}, got a damaged file ({error})") from error
+    found = document.get("schema") if isinstance(document, dict) else None
+    if found != schema:
+        raise InputFileError(f"expected a {schema} document in {path}, got {found or 'something else'}")
+    return document
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Any], schema: str, header: Mapping[str, Any]) -> None:
+    """Write tensors as safetensors; ``header`` (JSON values) and the schema go into the file's metadata."""
+    from safetensors.torch import save_file
+
+    # one entry only: the library may write several in any order, and equal results must be equal bytes
+    metadata = {"fastmem": json.dumps({"schema": schema, **header})}
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_atomically(path, lambda partial: save_file(contiguous, partial, metadata))
+
+
+def read_tensors(path: Path, schema: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Tensors and header of a safetensors file. Raises: InputFileError for a missing, damaged or foreign file."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise InputFileError(f"expected a file {path}, got none: check the path")
+    try:
+        with safe_open(path, "pt") as file:
+            header = json.loads((file.metadata() or {}).get("fastmem", "{}"))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputFileError(f"expected a whole safetensors file in {path}, got a damaged one ({error})") from error
+    if header.get("schema") != schema:
+        raise InputFileError(f"expected a {schema} file in {path}, got {header.get('schema', 'something else')}")
+    return tensors, header

@@ -1,0 +1,204 @@
+"""Reading checkpoints: .bin/.pth (torch, weights only) and safetensors, bare or wrapped, memory-mapped, checked.
+
+Checkpoints are untrusted files: nothing in them is ever run.
+"""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from collections.abc import Iterable, Mapping
+from importlib import import_module
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from fastmem.errors import InputFileError, UsageError
+from fastmem.models.model import Model
+from fastmem.models.registry import ModelEntry, OfficialFile, Preset, entries, find_entry
+
+# keys under which trainers keep the state dict inside a larger file, outermost first
+WRAPPERS = ("trainer", "var_wo_ddp", "module", "state_dict", "model")
+PARALLEL_PREFIX = "module."
+NAMES_SHOWN = 3
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """State dict of a checkpoint file, its tensors memory-mapped where the format allows.
+
+    Raises: InputFileError for a missing, truncated or foreign file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputFileError(f"expected a checkpoint at {path}, got no such file: check the path")
+    try:
+        content = load_file(path) if path.suffix == ".safetensors" else _torch_load(path)
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError, SafetensorError) as error:
+        detail = " ".join(str(error).split())[:160]
+        raise InputFileError(
+            f"expected a whole .bin, .pth or .safetensors checkpoint of plain tensors in {path}, got one that cannot "
+            f"be read ({type(error).__name__}: {detail}): fetch it again"
+        ) from error
+    return unwrap(content, path)
+
+
+def _torch_load(path: Path) -> object:
+    # files from before torch 1.6 are no zip archives and cannot be mapped
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+
+
+def unwrap(content: object, path: Path) -> dict[str, Tensor]:
+    """The state dict inside what a checkpoint file holds: wrapper keys and a data-parallel prefix removed."""
+    while isinstance(content, Mapping):
+        inner = next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
+        if inner is None:
+            break
+        content = inner
+    if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+        raise InputFileError(
+            f"expected a state dict of tensors in {path}, bare or under {', '.join(WRAPPERS)}, got something else: "
+            "is it a checkpoint?"
+        )
+    if all(name.startswith(PARALLEL_PREFIX) for name in content):
+        content = {name.removeprefix(PARALLEL_PREFIX): value for name, value in content.items()}
+    return dict(content)
+
+
+def shapes_of(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Shape of every entry."""
+    return {name: tuple(value.shape) for name, value in state.items()}
+
+
+def build_networks(
+    entry: ModelEntry, shapes: Mapping[str, tuple[int, ...]] | None = None
+) -> tuple[nn.Module, nn.Module]:
+    """Generator and tokenizer of a registry row, initialised; ``shapes`` of a checkpoint tell the number of classes."""
+    return import_module(entry.module).build(entry.generator, entry.tokenizer, shapes)
+
+
+def find_mismatch(expected: Mapping[str, tuple[int, ...]], got: Mapping[str, tuple[int, ...]]) -> str | None:
+    """What is missing, unexpected and misshaped, in words; None where everything fits."""
+    missing = [n for n in expected if n not in got]
+    unexpected = [n for n in got if n not in expected]
+    misshaped = [
+        f"{n} {list(got[n])} instead of {list(expected[n])}" for n in expected if n in got and got[n] != expected[n]
+    ]
+    parts = [
+        f"{len(names)} {kind} ({_some(names)})"
+        for kind, names in (("missing", missing), ("unexpected", unexpected), ("misshaped", misshaped))
+        if names
+    ]
+    return ", ".join(parts) or None
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:NAMES_SHOWN])
+    return shown if len(names) <= NAMES_SHOWN else f"{shown}, ..."
+
+
+def check_state(entry: ModelEntry, network: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    """Raises: UsageError that lists the missing, unexpected and misshaped entries, and the model that would fit."""
+    mismatch = find_mismatch(shapes_of(network.state_dict()), shapes_of(state))
+    if mismatch is None:
+        return
+    fitting = next(iter(_fitting_models(state, but=entry)), None)
+    advice = f"it fits {fitting}, so use --model {fitting}" if fitting else "give the file of this model"
+    raise UsageError(f"expected the entries of {entry.name} in {path}, got {mismatch}: {advice}")
+
+
+def _fitting_models(state: Mapping[str, Tensor], but: ModelEntry) -> Iterable[str]:
+    shapes = shapes_of(state)
+    for other in entries().values():
+        if other is but:
+            continue
+        with torch.device("meta"):
+            networks = build_networks(other, shapes)
+        if any(find_mismatch(shapes_of(n.state_dict()), shapes) is None for n in networks):
+            yield other.name
+
+
+def resolve_device(name: str | torch.device) -> torch.device:
+    """A torch device; "auto" is the first GPU where there is one. Raises: UsageError for one that is not here."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"expected a device such as auto, cpu, cuda or cuda:1, got {name!r}") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(
+            f"expected one of this machine's {torch.cuda.device_count()} CUDA devices, got {name}: use --device cpu"
+        )
+    return device
+
+
+def resolve_dtype(name: str | torch.dtype) -> torch.dtype:
+    """A floating dtype by name. Raises: UsageError for another."""
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if isinstance(name, torch.dtype):
+        name = str(name).removeprefix("torch.")
+    if name not in known:
+        raise UsageError(f"expected a dtype out of {', '.join(known)}, got {name!r}")
+    return known[name]
+
+
+def load_model(
+    name: str,
+    checkpoint: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "float32",
+) -> Model:
+    """A model of the registry with its weights.
+
+    checkpoint, tokenizer: files; None takes the official ones under ``FASTMEM_HOME`` (``fastmem fetch`` puts them
+    there) or in the package. dtype: the generator's; the tokenizer stays float32.
+
+    Raises: UsageError for an unknown name, device or dtype, or files of another model; InputFileError for a missing or
+    damaged file.
+    """
+    entry = find_entry(name)
+    target, floating = resolve_device(device), resolve_dtype(dtype)
+    paths = [_find_file(entry, checkpoint, entry.generator_file), _find_file(entry, tokenizer, entry.tokenizer_file)]
+    states = [read_state(path) for path in paths]
+    # on the meta device the networks take no memory: the mapped tensors become the weights themselves
+    with torch.device("meta"):
+        networks = build_networks(entry, shapes_of(states[0]))
+    for network, state, path, kind in zip(networks, states, paths, (floating, torch.float32), strict=True):
+        check_state(entry, network, state, path)
+        for key in state:
+            state[key] = state[key].to(target, kind if state[key].is_floating_point() else None)
+        network.load_state_dict(state, strict=True, assign=True)
+        state.clear()
+    model = import_module(entry.module).model_class(*networks, entry.preset, entry.prefixes)
+    model.name = entry.name
+    return model
+
+
+def _find_file(entry: ModelEntry, given: str | Path | None, official: OfficialFile) -> Path:
+    if given is not None:
+        return Path(given)
+    if not official.path.is_file():
+        raise InputFileError(
+            f"expected {official.name} of {entry.name} at {official.path}, got no such file: run `fastmem fetch "
+            f"--model {entry.name}`, or put the file there, or name it with --checkpoint or --tokenizer"
+        )
+    return official.path
+
+
+def assemble(generator: nn.Module, tokenizer: nn.Module) -> Model:
+    """The model object from two networks of any size.
+
+    Raises: UsageError for a generator that no family knows, or networks that do not fit each other.
+    """
+    for module in dict.fromkeys(entry.module for entry in entries().values()):
+        family = import_module(module).model_class
+        if isinstance(generator, family.generator_class) and isinstance(tokenizer, family.tokenizer_class):
+            return family(generator, tokenizer, Preset())
+    raise UsageError(
+        f"expected a generator and a tokenizer of one known family, got {type(generator).__name__} and "
+        f"{type(tokenizer).__name__}"
+    )

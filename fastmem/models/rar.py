@@ -1,0 +1,393 @@
+"""RAR: a causal transformer over image tokens whose adaLN modulation depends on class and position.
+
+State-dict names and shapes equal those of ``rar_b.bin`` ... ``rar_xxl.bin``. A sequence is cls, class token, then the
+T image tokens in raster order; position p (1..T) predicts image token p-1. Vocabulary ids: image tokens
+0..codebook-1, the mask token (training only), class c as codebook+1+c, and last "no class".
+
+Source: RAR (arXiv 2411.00776); bytedance/1d-tokenizer ``modeling/rar.py``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fastmem.backends.select import Backend
+from fastmem.data.views import CenterCrop, TenCrop
+from fastmem.errors import UsageError
+from fastmem.models.maskgit_vqgan import MaskGITVQGAN, MaskGITVQGANConfig
+from fastmem.models.model import Model, Segment
+from fastmem.models.registry import Preset
+
+NO_CLASS = -1
+# positions before the first image token: cls and the class token
+LEAD = 2
+# candidates are judged by their hits over this many last tokens; prefixes are of 256 tokens (arXiv 2502.02514)
+CANDIDATE_TOKENS = 99
+PREFIXES = (0, 1, 5, 14, 30)
+
+FC1Response = Callable[[Tensor, Tensor, Tensor, Sequence[tuple[int, int]], str], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class RARConfig:
+    """Sizes of a RAR; the defaults are RAR-B's."""
+
+    hidden_size: int = 768
+    num_layers: int = 24
+    num_heads: int = 16
+    intermediate_size: int = 3072
+    image_seq_len: int = 256
+    codebook_size: int = 1024
+    num_classes: int = 1000
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % self.num_heads:
+            raise UsageError(
+                f"expected hidden_size to be a multiple of num_heads, got {self.hidden_size} and {self.num_heads}: "
+                "change one of them"
+            )
+
+
+class Cache:
+    """Keys and values of every layer, allocated once: two tensors [layers, N, heads, positions, head width]."""
+
+    def __init__(self, config: RARConfig, rows: int, like: Tensor) -> None:
+        width = config.hidden_size // config.num_heads
+        shape = (config.num_layers, rows, config.num_heads, config.image_seq_len + LEAD - 1, width)
+        self.keys = like.new_empty(shape)
+        self.values = like.new_empty(shape)
+        self.length = 0
+
+    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Append keys and values [N, heads, n, head width] of the positions from ``length`` on; returns all so far."""
+        stop = self.length + keys.shape[2]
+        self.keys[layer, :, :, self.length : stop] = keys
+        self.values[layer, :, :, self.length : stop] = values
+        return self.keys[layer, :, :, :stop], self.values[layer, :, :, :stop]
+
+
+class Attention(nn.Module):
+    """Causal self-attention with layer-normalised queries and keys."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm = nn.LayerNorm(width // heads, eps=1e-6)
+        self.k_norm = nn.LayerNorm(width // heads, eps=1e-6)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, cache: Cache | None = None, layer: int = 0) -> Tensor:
+        n, length, width = x.shape
+        q, k, v = self.qkv(x).view(n, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
+        q, k = self.q_norm(q), self.k_norm(k)
+        if cache is not None:
+            k, v = cache.extend(layer, k, v)
+        # several positions only ever enter together at the start of a sequence, so the plain causal mask fits
+        out = functional.scaled_dot_product_attention(q, k, v, is_causal=length > 1)
+        return self.proj(out.transpose(1, 2).reshape(n, length, width))
+
+
+class MLP(nn.Module):
+    """fc1, exact GELU, fc2; the outputs of fc1 are the *units* that fastmem scores."""
+
+    def __init__(self, width: int, units: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, units)
+        self.fc2 = nn.Linear(units, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(functional.gelu(self.fc1(x)))
+
+
+class Modulation(nn.Sequential):
+    """SiLU and a linear layer: condition [classes, positions, width] to ``parts`` tensors of that shape."""
+
+    def __init__(self, width: int, parts: int) -> None:
+        super().__init__(nn.SiLU(), nn.Linear(width, parts * width))
+        self.parts = parts
+
+    def forward(self, condition: Condition) -> tuple[Tensor, ...]:
+        out = super().forward(condition.values)
+        if condition.rows is not None:
+            out = out[condition.rows]
+        return out.chunk(self.parts, dim=-1)
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What adaLN sees: one row per *distinct* class, since images of one class share their modulation.
+
+    values: [distinct classes, positions, width]; rows: int64 [N], the row of each image, or None where one row serves
+    all images.
+    """
+
+    values: Tensor
+    rows: Tensor | None
+
+
+def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return torch.addcmul(shift, x, 1 + scale)
+
+
+class Block(nn.Module):
+    """One transformer block: attention and MLP, each shifted, scaled and gated by the condition."""
+
+    def __init__(self, width: int, heads: int, units: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.attn = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = MLP(width, units)
+        self.adaLN_modulation = Modulation(width, 6)
+
+    def attend(self, x: Tensor, condition: Condition, cache: Cache | None, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The attention half: returns the residual stream, the MLP's input and the MLP's gate."""
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(condition)
+        x = x + gate_a * self.attn(_modulate(self.norm1(x), shift_a, scale_a), cache, layer)
+        return x, _modulate(self.norm2(x), shift_m, scale_m), gate_m
+
+    def forward(self, x: Tensor, condition: Condition, cache: Cache | None = None, layer: int = 0) -> Tensor:
+        x, inner, gate = self.attend(x, condition, cache, layer)
+        return x + gate * self.mlp(inner)
+
+
+class FinalModulation(nn.Module):
+    """Affine-free layer norm, scaled and shifted by the condition, before the head."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm_final = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.adaLN_modulation = Modulation(width, 2)
+
+    def forward(self, x: Tensor, condition: Condition) -> Tensor:
+        scale, shift = self.adaLN_modulation(condition)
+        return _modulate(self.norm_final(x), shift, scale)
+
+
+class RAR(nn.Module):
+    """The generator network: teacher-forced logits, unit responses, and steps of cached generation."""
+
+    def __init__(self, config: RARConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.hidden_size
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        # the official tables are larger than any sequence; the spare rows are part of the format
+        self.pos_embed = nn.Parameter(torch.empty(1, config.image_seq_len + 1024, width))
+        self.target_aware_pos_embed = nn.Parameter(torch.empty(1, config.image_seq_len + 1024, width))
+        self.timesteps_embeddings = nn.Parameter(torch.empty(1, config.image_seq_len + 100, width))
+        self.blocks = nn.ModuleList(
+            Block(width, config.num_heads, config.intermediate_size) for _ in range(config.num_layers)
+        )
+        self.embeddings = nn.Embedding(config.codebook_size + config.num_classes + 2, width)
+        self.adaln_before_head = FinalModulation(width)
+        self.lm_head = nn.Linear(width, config.codebook_size)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise as the original does: truncated normals of 0.02, zero biases, zero modulation."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+        for table in (self.pos_embed, self.target_aware_pos_embed, self.timesteps_embeddings):
+            nn.init.trunc_normal_(table, std=0.02)
+        for module in self.modules():
+            if isinstance(module, Modulation):
+                nn.init.zeros_(module[1].weight)
+                nn.init.zeros_(module[1].bias)
+
+    def condition_ids(self, labels: Tensor) -> Tensor:
+        """Vocabulary ids of class labels int64 [N]; the label ``NO_CLASS`` stands for the unconditional branch."""
+        c = self.config
+        return torch.where(labels == NO_CLASS, c.num_classes, labels) + c.codebook_size + 1
+
+    def condition(self, labels: Tensor, first: int, stop: int) -> Condition:
+        """adaLN's input for labels int64 [N] at the positions first..stop-1."""
+        distinct, rows = labels.unique(return_inverse=True)
+        values = self.embeddings(self.condition_ids(distinct))[:, None] + self.timesteps_embeddings[:, first:stop]
+        return Condition(values, None if len(distinct) == 1 else rows)
+
+    def embed(self, tokens: Tensor, first: int) -> Tensor:
+        """Inputs [N, n, width] of image tokens int64 [N, n] whose first stands at position ``first`` (>= LEAD)."""
+        return self.embeddings(tokens) + self.position_table(first, first + tokens.shape[1])
+
+    def embed_start(self, tokens: Tensor, labels: Tensor) -> Tensor:
+        """Inputs [N, 2+P, width] of a whole start of a sequence: cls, class token, image tokens int64 [N, P]."""
+        classes = self.embeddings(self.condition_ids(labels))[:, None]
+        x = torch.cat([self.cls_token.expand(len(labels), -1, -1), classes, self.embeddings(tokens)], dim=1)
+        return x + self.position_table(0, x.shape[1])
+
+    def position_table(self, first: int, stop: int) -> Tensor:
+        """Own position plus, for all but cls and the last position, the position of the token to predict."""
+        length = self.config.image_seq_len + LEAD
+        target = functional.pad(self.target_aware_pos_embed[:, LEAD:length], (0, 0, 1, 1))
+        return self.pos_embed[:, first:stop] + target[:, first:stop]
+
+    def head(self, x: Tensor, condition: Condition) -> Tensor:
+        """Logits over image tokens, float32 [N, n, codebook]."""
+        return self.lm_head(self.adaln_before_head(x, condition)).float()
+
+    def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
+        """Teacher-forced logits float32 [N,T,codebook] of image tokens int64 [N,T] under labels int64 [N]."""
+        # the last token is never an input: nothing is predicted from it
+        x = self.embed_start(tokens[:, :-1], labels)
+        condition = self.condition(labels, 0, x.shape[1])
+        for block in self.blocks:
+            x = block(x, condition)
+        return self.head(x[:, 1:], Condition(condition.values[:, 1:], condition.rows))
+
+    def responses(
+        self, tokens: Tensor, labels: Tensor, spans: Sequence[tuple[int, int]], fc1_response: FC1Response
+    ) -> Tensor:
+        """Mean absolute activation of every unit over each span of positions: float32 [N, layers, S, units]."""
+        x = self.embed_start(tokens, labels)
+        condition = self.condition(labels, 0, x.shape[1])
+        start, stop = min(s[0] for s in spans), max(s[1] for s in spans)
+        collected = []
+        for layer, block in enumerate(self.blocks):
+            x, inner, gate = block.attend(x, condition, None, layer)
+            fc1, fc2 = block.mlp.fc1, block.mlp.fc2
+            if layer + 1 < len(self.blocks):
+                hidden, response = fc1_response(inner, fc1.weight, fc1.bias, spans, "none")
+                x = x + gate * fc2(hidden)
+            else:
+                # nothing reads the last block's output: its MLP runs only where a segment needs it
+                shifted = [(a - start, b - start) for a, b in spans]
+                _, response = fc1_response(inner[:, start:stop], fc1.weight, fc1.bias, shifted, "none")
+            collected.append(response)
+        return torch.stack(collected, dim=1)
+
+    def step(self, x: Tensor, labels: Tensor, cache: Cache) -> Tensor:
+        """Extend the cache by inputs [N, n, width] and return the last position's logits float32 [N, codebook]."""
+        first = cache.length
+        condition = self.condition(labels, first, first + x.shape[1])
+        for layer, block in enumerate(self.blocks):
+            x = block(x, condition, cache, layer)
+        cache.length = first + x.shape[1]
+        return self.head(x[:, -1:], Condition(condition.values[:, -1:], condition.rows))[:, 0]
+
+
+class RARModel(Model):
+    """RAR with its MaskGIT-VQGAN behind the model seam."""
+
+    generator_class = RAR
+    tokenizer_class = MaskGITVQGAN
+    generator: RAR
+    tokenizer: MaskGITVQGAN
+
+    def __init__(
+        self, generator: RAR, tokenizer: MaskGITVQGAN, preset: Preset, prefixes: Sequence[int] | None = None
+    ) -> None:
+        g, t = generator.config, tokenizer.config
+        if (g.image_seq_len, g.codebook_size) != (t.grid**2, t.codebook_size):
+            raise UsageError(
+                f"expected a tokenizer with {g.image_seq_len} tokens and {g.codebook_size} codes as the generator has, "
+                f"got {t.grid**2} tokens and {t.codebook_size} codes: pair files of one release"
+            )
+        self.image_size = t.resolution
+        self.num_tokens = g.image_seq_len
+        self.num_layers = g.num_layers
+        self.num_units = g.intermediate_size
+        self.num_classes = g.num_classes
+        super().__init__(generator, tokenizer, preset, prefixes)
+
+    @property
+    def all_segments(self) -> tuple[Segment, ...]:
+        last = self.num_tokens + LEAD - 1
+        return (
+            Segment("last", last, last + 1),
+            Segment("last-trained", last - 1, last),
+            Segment("image", LEAD, last + 1),
+            Segment("class", 0, LEAD, class_only=True),
+        )
+
+    @property
+    def segments(self) -> tuple[str, ...]:
+        return ("last", "last-trained")
+
+    @property
+    def candidate_positions(self) -> tuple[int, int]:
+        return max(0, self.num_tokens - CANDIDATE_TOKENS), self.num_tokens
+
+    @property
+    def fc1_layers(self) -> tuple[nn.Linear, ...]:
+        return tuple(block.mlp.fc1 for block in self.generator.blocks)
+
+    @property
+    def vocabulary(self) -> int:
+        return self.generator.config.codebook_size
+
+    def view_recipe(self, views: int | str) -> TenCrop | CenterCrop:
+        return CenterCrop(self.image_size) if views == "center" else TenCrop(self.image_size, int(views))
+
+    def scaled_prefixes(self) -> tuple[int, ...]:
+        shares = (round(p * self.num_tokens / 256) for p in PREFIXES)
+        return tuple(dict.fromkeys(shares))
+
+    def _responses(self, tokens: Tensor, labels: Tensor, spans: Sequence[tuple[int, int]], backend: Backend) -> Tensor:
+        return self.generator.responses(tokens, labels, spans, backend.fc1_response)
+
+    def _generate(
+        self,
+        labels: Tensor,
+        tokens: Tensor,
+        lengths: Tensor,
+        preset: Preset | None,
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        network, total = self.generator, self.num_tokens
+        done = int(lengths.min())
+        guided = preset is not None and preset.guidance != 1.0
+        # with guidance every row runs twice: under its label, then without a class
+        branches = torch.cat([labels, torch.full_like(labels, NO_CLASS)]) if guided else labels
+        copies = 2 if guided else 1
+        cache = Cache(network.config, len(branches), network.cls_token)
+        x = network.embed_start(tokens[:, :done].repeat(copies, 1), branches)
+        for step in range(done, total):
+            logits = network.step(x, branches, cache)
+            if preset is None:
+                chosen = logits.argmax(-1)
+            else:
+                if guided:
+                    conditional, unconditional = logits.chunk(2)
+                    logits = torch.lerp(unconditional, conditional, guidance_scale(preset, step, total))
+                chosen = torch.multinomial((logits / preset.temperature).softmax(-1), 1, generator=generator)[:, 0]
+            # rows with a longer prefix keep their own token
+            tokens[:, step] = torch.where(step < lengths, tokens[:, step], chosen)
+            x = network.embed(tokens[:, step : step + 1].repeat(copies, 1), step + LEAD)
+        return tokens
+
+
+def guidance_scale(preset: Preset, step: int, total: int) -> float:
+    """Guidance at step n of N: 1 + (g - 1) (1 - cos(pi (n/N)^power)) / 2.
+
+    Source: bytedance/1d-tokenizer ``modeling/rar.py``, ``generate``.
+    """
+    return 1 + (preset.guidance - 1) * (1 - math.cos(math.pi * (step / total) ** preset.guidance_power)) / 2
+
+
+def build(
+    generator: Mapping[str, int], tokenizer: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]] | None
+) -> tuple[RAR, MaskGITVQGAN]:
+    """Networks of the given sizes, without weights where the default device is "meta".
+
+    shapes: of the generator's checkpoint, which knows the number of classes; None takes the sizes as they are.
+    """
+    config = RARConfig(**generator)
+    rows = (shapes or {}).get("embeddings.weight", (0,))[0]
+    classes = rows - config.codebook_size - 2
+    if classes > 0:
+        config = replace(config, num_classes=classes)
+    return RAR(config), MaskGITVQGAN(MaskGITVQGANConfig(**tokenizer))
+
+
+model_class = RARModel

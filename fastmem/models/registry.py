@@ -1,0 +1,153 @@
+"""What fastmem knows of each model: sizes, official files, sampling preset, prefix ladder. Loads no torch.
+
+Outside packages add rows through the entry point group ``fastmem.models``: each entry point names a
+:class:`ModelEntry` or a callable that returns a list of them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+
+from fastmem.errors import UsageError
+
+ENTRY_POINTS = "fastmem.models"
+
+
+@dataclass(frozen=True)
+class Preset:
+    """How a model samples: published settings, never the user's job.
+
+    guidance: classifier-free guidance scale; guidance_power: exponent of RAR's cosine schedule; top_k, top_p: VAR's.
+    """
+
+    temperature: float = 1.0
+    guidance: float = 1.0
+    guidance_power: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+
+
+@dataclass(frozen=True)
+class OfficialFile:
+    """A weight file: ``repository`` on Hugging Face, or None for one that ships inside the package."""
+
+    name: str
+    repository: str | None = None
+
+    @property
+    def path(self) -> Path:
+        """Where the file lies, or has to be put."""
+        if self.repository is None:
+            return Path(__file__).parent.parent / "demo" / self.name
+        return home() / "weights" / self.name
+
+
+@dataclass(frozen=True)
+class ModelEntry:
+    """One row of the registry.
+
+    module: the module that offers ``model_class`` and ``build(generator, tokenizer, shapes)``; generator, tokenizer:
+    sizes, where they differ from the defaults of the network's config; prefixes: None for the published ladder at the
+    same shares of T; embedded: its images ship with the package.
+    """
+
+    name: str
+    module: str
+    generator: Mapping[str, int | tuple[int, ...]]
+    tokenizer: Mapping[str, int | tuple[int, ...]]
+    generator_file: OfficialFile
+    tokenizer_file: OfficialFile
+    parameters: str
+    preset: Preset
+    published_fid: float | None = None
+    prefixes: tuple[int, ...] | None = None
+    embedded: bool = False
+
+
+def home() -> Path:
+    """Folder of weights and caches: ``FASTMEM_HOME``, else ``~/.cache/fastmem``."""
+    return Path(os.environ.get("FASTMEM_HOME") or Path.home() / ".cache" / "fastmem").expanduser()
+
+
+_MASKGIT_FILE = OfficialFile("maskgit-vqgan-imagenet-f16-256.bin", "fun-research/TiTok")
+_RAR_PREFIXES = (0, 1, 5, 14, 30)
+
+
+def _rar(name: str, hidden: int, layers: int, units: int, parameters: str, preset: Preset, fid: float) -> ModelEntry:
+    return ModelEntry(
+        name=name,
+        module="fastmem.models.rar",
+        generator={"hidden_size": hidden, "num_layers": layers, "intermediate_size": units},
+        tokenizer={},
+        generator_file=OfficialFile(name.replace("-", "_") + ".bin", "yucornetto/RAR"),
+        tokenizer_file=_MASKGIT_FILE,
+        parameters=parameters,
+        preset=preset,
+        published_fid=fid,
+        prefixes=_RAR_PREFIXES,
+    )
+
+
+_ROWS = (
+    _rar("rar-b", 768, 24, 3072, "261 M", Preset(1.0, 16.0, 2.75), 1.95),
+    _rar("rar-l", 1024, 24, 4096, "461 M", Preset(1.02, 15.5, 2.5), 1.70),
+    _rar("rar-xl", 1280, 32, 5120, "955 M", Preset(1.02, 6.9, 1.5), 1.50),
+    _rar("rar-xxl", 1408, 40, 6144, "1.5 B", Preset(1.02, 8.0, 1.2), 1.48),
+    ModelEntry(
+        name="rar-tiny",
+        module="fastmem.models.rar",
+        generator={
+            "hidden_size": 192,
+            "num_layers": 8,
+            "num_heads": 6,
+            "intermediate_size": 768,
+            "image_seq_len": 64,
+            "codebook_size": 512,
+            "num_classes": 41,
+        },
+        tokenizer={
+            "hidden_channels": 32,
+            "channel_mult": (1, 1, 2, 4),
+            "num_res_blocks": 1,
+            "z_channels": 32,
+            "codebook_size": 512,
+            "resolution": 64,
+        },
+        generator_file=OfficialFile("rar_tiny.safetensors"),
+        tokenizer_file=OfficialFile("maskgit_vqgan_tiny.safetensors"),
+        parameters="6 M",
+        preset=Preset(1.0, 4.0, 2.75),
+        embedded=True,
+    ),
+)
+
+
+@cache
+def entries() -> dict[str, ModelEntry]:
+    """Every known model by name, those of outside packages last."""
+    known = {row.name: row for row in _ROWS}
+    for point in metadata.entry_points(group=ENTRY_POINTS):
+        found = point.load()
+        for row in [found] if isinstance(found, ModelEntry) else found():
+            if row.name in known:
+                raise UsageError(f"expected a new model name from {point.value}, got {row.name}, which is taken")
+            known[row.name] = row
+    return known
+
+
+def model_names() -> list[str]:
+    """Names that ``load_model`` takes."""
+    return list(entries())
+
+
+def find_entry(name: str) -> ModelEntry:
+    """The row of a model. Raises: UsageError for an unknown name."""
+    known = entries()
+    if name not in known:
+        raise UsageError(f"expected a model out of {', '.join(known)}, got {name!r}")
+    return known[name]

@@ -1,0 +1,117 @@
+"""The run folder: what was asked, how far it got, and what came out.
+
+run.json            model, weights, data and settings: what a resumed run must have in common
+manifest-*.parquet  the images of each set, in order, with their folds
+state.safetensors   the statistics so far, replaced by rename; gone when the run is complete
+result.json         the document that ``--json`` prints
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from fastmem.errors import UsageError
+from fastmem.files import read_json, write_json
+
+RUN_SCHEMA = "fastmem.run/1"
+RESULT_SCHEMA = "fastmem.score/1"
+
+
+def default_folder(model: str) -> Path:
+    """runs/MODEL-DATE below the current folder, numbered where it exists."""
+    stem = Path("runs") / f"{model}-{datetime.now():%Y-%m-%d}"
+    candidates = (stem, *(stem.with_name(f"{stem.name}-{i}") for i in range(2, 10_000)))
+    return next(path for path in candidates if not path.exists())
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """One run's folder and the names of the files in it."""
+
+    path: Path
+
+    @property
+    def identity_file(self) -> Path:
+        return self.path / "run.json"
+
+    @property
+    def state_file(self) -> Path:
+        return self.path / "state.safetensors"
+
+    @property
+    def result_file(self) -> Path:
+        return self.path / "result.json"
+
+    def manifest_file(self, split: str) -> Path:
+        return self.path / f"manifest-{split}.parquet"
+
+    def stats_file(self, split: str) -> Path:
+        return self.path / f"{split}.safetensors"
+
+    def open(self, identity: Mapping[str, Any], resume: bool) -> bool:
+        """Start the run, or check that it goes on with the same inputs; True where there is something to go on from.
+
+        Raises: UsageError where the folder holds a run and ``resume`` is off, where its inputs differ from
+        ``identity``, or where it cannot be written; InputFileError where run.json is damaged.
+        """
+        if self.identity_file.exists():
+            if not resume:
+                raise UsageError(
+                    f"expected a new folder to write to, got {self.path}, which holds a run: continue it with --resume "
+                    "or choose another --out"
+                )
+            self._check_same(read_json(self.identity_file, RUN_SCHEMA), identity)
+            return True
+        write_json(self.identity_file, {"schema": RUN_SCHEMA, **identity})
+        return False
+
+    def _check_same(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+        different = [key for key in now if before.get(key) != now[key]]
+        if different:
+            key = different[0]
+            raise UsageError(
+                f"expected the inputs that the run in {self.path} was started with, got {key} {now[key]!r} instead of "
+                f"{before.get(key)!r}: resume with the same options, or choose another --out"
+            )
+
+
+def check_writable(path: Path) -> None:
+    """Raises: UsageError where a run folder could not be made at ``path``, before any long work starts."""
+    place = path
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise UsageError(
+            f"expected a folder that can be written for the run, got {path}: choose another --out or change its rights"
+        )
+
+
+class Interruption:
+    """While entered, Ctrl-C only sets ``requested``, so that work can stop where its state is whole; a second one stops
+    at once. Outside the main thread Ctrl-C is left as it is."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def __enter__(self) -> Interruption:
+        self._main = threading.current_thread() is threading.main_thread()
+        if self._main:
+            self._before = signal.signal(signal.SIGINT, self._request)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._main:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True

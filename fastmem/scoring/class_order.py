@@ -1,0 +1,66 @@
+"""Does the folder's class order fit the checkpoint? A wrong one would shift every class-conditional number."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fastmem.data.loading import load_views
+from fastmem.data.manifest import Manifest
+from fastmem.data.sources import ImageSource
+from fastmem.errors import UsageError
+from fastmem.models.model import Model, to_unit_range
+
+IMAGES = 64
+BATCH = 16
+
+
+def token_loss(model: Model, tokens: Tensor, labels: Tensor) -> Tensor:
+    """Teacher-forced loss of true tokens int64 [N,T] under labels int64 [N]: nats, float32 [N,T]."""
+    logits = model.logits(tokens, labels)
+    return functional.cross_entropy(logits.transpose(1, 2), tokens.to(logits.device), reduction="none")
+
+
+def check_labels(model: Model, manifest: Manifest) -> None:
+    """Raises: UsageError where the data has labels that the checkpoint does not know."""
+    highest = int(manifest.labels.max(initial=0))
+    if highest >= model.num_classes:
+        raise UsageError(
+            f"expected labels below the checkpoint's {model.num_classes} classes, got label {highest} for class "
+            f"{manifest.classes[highest]}: give the images this model was trained on, or their order with --classes"
+        )
+
+
+def check_class_order(model: Model, source: ImageSource, manifest: Manifest) -> tuple[float, float] | None:
+    """Mean loss of up to 64 images under their own and under shuffled labels; None where all are of one class.
+
+    The images are spread evenly over the manifest; each gets the label of the one half a round further on.
+
+    Raises: UsageError where the own labels are no better, which means that the class order is another one.
+    """
+    positions = np.unique(np.linspace(0, len(manifest) - 1, min(IMAGES, len(manifest))).astype(np.int64))
+    batches = np.array_split(positions, -(-len(positions) // BATCH))
+    tokens, kept = [], []
+    for batch in load_views(source, manifest, batches, model.view_recipe("center"), workers=0):
+        if len(batch.positions):
+            tokens.append(model.tokenize(to_unit_range(batch.views[:, 0])).cpu())
+            kept.append(batch.positions)
+    own = torch.from_numpy(manifest.labels[np.concatenate(kept)]) if kept else torch.empty(0, dtype=torch.int64)
+    if len(own.unique()) < 2:
+        return None
+    sizes = [len(t) for t in tokens]
+    shuffled = own.roll(len(own) // 2)
+    losses = [
+        torch.cat([token_loss(model, t, y).mean(1) for t, y in zip(tokens, labels.split(sizes), strict=True)])
+        for labels in (own, shuffled)
+    ]
+    with_own, with_shuffled = (float(loss.double().mean()) for loss in losses)
+    if not with_own < with_shuffled:
+        raise UsageError(
+            f"expected a lower loss with the images' own labels than with shuffled ones, got {with_own:.4f} and "
+            f"{with_shuffled:.4f} nats per token: the class order of {source.description} does not fit the checkpoint; "
+            "give it with --classes FILE, or pass --no-class-check for a model without class knowledge"
+        )
+    return with_own, with_shuffled

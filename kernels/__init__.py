@@ -1,0 +1,1 @@
+"""Triton kernels of fastmem; installed as ``fastmem.kernels``."""
