@@ -218,6 +218,21 @@ def test_a_worker_that_dies_is_one_clear_error(tmp_path: Path, monkeypatch: pyte
     assert "\n" not in str(refusal.value)
 
 
+@dataclass(frozen=True)
+class Faulty(CenterCrop):
+    """A recipe with a mistake in it."""
+
+    def __call__(self, image: Image.Image, image_id: int) -> np.ndarray:
+        raise RuntimeError("a mistake")
+
+
+@both_ways
+def test_a_mistake_in_a_recipe_is_not_taken_for_a_dead_worker(workers: int) -> None:
+    source = array_source()
+    with pytest.raises(RuntimeError, match="a mistake"):
+        list(load_views(source, Manifest.build(source), [[0]], Faulty(16), workers))
+
+
 def test_a_death_does_not_reach_the_code_between_batches() -> None:
     source = array_source()
     handler = signal.getsignal(signal.SIGCHLD)
@@ -270,9 +285,9 @@ def test_an_interrupt_stops_the_workers_quietly() -> None:
         cwd=Path(__file__).parents[1],
     )
     assert process.stdout.readline() == "started\n"
-    # the whole group, as a terminal does it
+    # to the whole group, as a terminal does it
     os.killpg(process.pid, signal.SIGINT)
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=300)
     assert (out, err, process.returncode) == ("stopped\n", "", 130)
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)

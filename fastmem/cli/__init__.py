@@ -60,4 +60,14 @@ def main(args: Sequence[str] | None = None) -> None:
     except (click.Abort, KeyboardInterrupt):
         click.echo("fastmem: interrupted; what was finished is kept, continue with --resume", err=True)
         code = INTERRUPTED
+    except Exception as error:
+        # torch's error is known by name, so that this module need not load torch
+        if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
+            raise
+        click.echo(
+            "fastmem: expected the batch to fit into memory, got an out-of-memory error: choose a smaller --batch-size; "
+            "what was finished is kept, continue with --resume",
+            err=True,
+        )
+        code = 2
     sys.exit(code if isinstance(code, int) else 0)

@@ -81,7 +81,7 @@ def command(
             sources["train"],
             heldout=sources.get("heldout"),
             views=parse_views(views),
-            segments=segments.split(",") if segments else None,
+            segments=[name.strip() for name in segments.split(",")] if segments else None,
             per_class=per_class,
             batch_size=batch_size,
             backend=backend,

@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from types import TracebackType
 
 import numpy as np
 import torch
@@ -117,6 +118,7 @@ def _iterate(dataset: _ViewDataset, batches: list[np.ndarray], workers: int) -> 
         collate_fn=_unchanged,
         num_workers=workers,
         prefetch_factor=PREFETCH if workers else None,
+        worker_init_fn=_keep_quiet,
         # a fork starts at once, where a fresh process would import torch first
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
         # an own generator, because starting an iteration draws from the global one
@@ -128,8 +130,9 @@ def _iterate(dataset: _ViewDataset, batches: list[np.ndarray], workers: int) -> 
             if isinstance(batch, FastmemError):
                 raise batch
             yield batch
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker (pid"):
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        # "Caught ..." is torch's account of an exception inside a worker; everything else is about the worker itself
+        if not workers or str(error).startswith("Caught "):
             raise
         raise FastmemError(
             f"expected {workers} worker processes to read images until the end, got one that died ({error}); it may "
@@ -152,6 +155,16 @@ def _start(loader: DataLoader[Batch | FastmemError]) -> Iterator[Batch | Fastmem
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGCHLD, child_handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, held)
+
+
+def _keep_quiet(worker: int) -> None:
+    # the thread that hands over shared memory reports through this hook that an interrupted parent hung up
+    sys.excepthook = _all_but_hang_ups
+
+
+def _all_but_hang_ups(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if not issubclass(kind, (ConnectionError, EOFError)):
+        sys.__excepthook__(kind, error, trace)
 
 
 def _unchanged(batch: Batch | FastmemError) -> Batch | FastmemError:

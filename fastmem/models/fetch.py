@@ -34,16 +34,21 @@ def _fetch_file(file: OfficialFile, note: Callable[[str], None]) -> Path:
     if path.is_file() or file.repository is None:
         return path
     # heavy, and only needed here
-    import httpx
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.utils import logging
 
+    # it would log every attempt to connect
+    logging.set_verbosity_error()
     note(f"downloading {file.name} from {file.repository} to {path.parent}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         return Path(hf_hub_download(file.repository, file.name, local_dir=path.parent))
-    except (OSError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, httpx.HTTPError) as error:
-        reason = " ".join(str(error).split())[:120] or type(error).__name__
+    # the hub's releases differ in the HTTP library they use, and so in what a failed connection raises
+    except Exception as error:
+        cause = error
+        while cause.__cause__ or cause.__context__:
+            cause = cause.__cause__ or cause.__context__
+        reason = " ".join(str(cause).split())[:120] or type(cause).__name__
         raise InputFileError(
             f"expected to download {file.name} from the Hugging Face repository {file.repository}, got no file "
             f"({reason}): download it elsewhere and put it at {path}"

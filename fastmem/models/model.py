@@ -174,6 +174,15 @@ class Model(ABC):
         """
         return self.generator(self._check_tokens(tokens), self._check_labels(labels, len(tokens)))
 
+    def candidate_scores(self, tokens: Tensor, labels: Tensor) -> Tensor:
+        """Share of hits over the candidate positions, float32 [N]: where the arg max of the logits is the true token.
+
+        tokens: int64 [N,T]; labels: int64 [N]. Raises: as ``logits``. Source: arXiv 2502.02514.
+        """
+        start, stop = self.candidate_positions
+        hits = self.logits(tokens, labels)[:, start:stop].argmax(-1) == tokens[:, start:stop].to(self.device)
+        return hits.float().mean(1)
+
     @torch.inference_mode()
     def responses(
         self, tokens: Tensor, labels: Tensor, segments: Sequence[str] | None = None, backend: Backend | None = None

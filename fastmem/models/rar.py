@@ -116,7 +116,7 @@ class Modulation(nn.Sequential):
     def forward(self, condition: Condition) -> tuple[Tensor, ...]:
         out = super().forward(condition.values)
         if condition.rows is not None:
-            out = out[condition.rows]
+            out = out.index_select(0, condition.rows)
         return out.chunk(self.parts, dim=-1)
 
 

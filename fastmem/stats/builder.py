@@ -115,11 +115,9 @@ class StatsBuilder:
         for i, summary in enumerate(self.summaries):
             tensors |= {f"summary{i}.{key}": getattr(summary, key) for key in SUMMARY_TENSORS}
         for i, row in enumerate(self.open_rows):
-            tensors |= {
-                f"open{i}.mean": row.moments.mean,
-                f"open{i}.m2": row.moments.m2,
-                f"open{i}.largest": row.largest,
-            }
+            # the first unit of a class is shared with its fold, and a file may hold no tensor twice
+            parts = {"mean": row.moments.mean, "m2": row.moments.m2, "largest": row.largest}
+            tensors |= {f"open{i}.{key}": value.clone() for key, value in parts.items()}
         header = {
             "counts": [fold.moments.count for fold in self.folds],
             "summary_counts": [summary.count for summary in self.summaries],

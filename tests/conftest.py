@@ -1,0 +1,77 @@
+"""Small models and images that several rooms' tests use; everything is seeded and made here."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fastmem import ArraySource, assemble
+from fastmem.models.maskgit_vqgan import MaskGITVQGAN, MaskGITVQGANConfig
+from fastmem.models.model import Model
+from fastmem.models.rar import RAR, Modulation, RARConfig
+
+GOLDEN = Path(__file__).parent / "golden"
+sys.path.insert(0, str(GOLDEN))
+
+import recipe  # noqa: E402 - it lies beside the golden files
+
+
+def build_case(case: str) -> Model:
+    """The model of a parity case, filled by the recipe."""
+    sizes = json.loads((GOLDEN / f"{case}.json").read_text())
+    g, t = sizes["generator"], sizes["tokenizer"]
+    generator = RAR(RARConfig(g["hidden"], g["layers"], g["heads"], g["inter"], g["seq"], g["codebook"], g["ncls"]))
+    tokenizer = MaskGITVQGAN(
+        MaskGITVQGANConfig(t["hidden_channels"], z_channels=t["z"], codebook_size=t["codebook"], resolution=t["res"])
+    )
+    for network in (generator, tokenizer):
+        network.load_state_dict(recipe.fill(network.state_dict()))
+    return assemble(generator, tokenizer)
+
+
+def case_images(case: str) -> torch.Tensor:
+    """The images of a parity case, float32 [N,3,S,S] in [0,1]."""
+    sizes = json.loads((GOLDEN / f"{case}.json").read_text())
+    pixels = recipe.images(case, sizes["n_images"], sizes["image_size"])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
+
+
+@pytest.fixture(scope="session")
+def small_model() -> Model:
+    """The model of the case rar-small: 64 px, 16 tokens, 3 blocks of 160 units, 10 classes."""
+    return build_case("rar-small")
+
+
+def make_toy_model() -> Model:
+    """A RAR of 16 px and 4 tokens that scores thousands of views a second: 2 blocks of 24 units, 5 classes."""
+    torch.manual_seed(0)
+    generator = RAR(RARConfig(32, 2, 2, 24, 4, 16, 5))
+    for module in generator.modules():
+        if isinstance(module, Modulation):
+            torch.nn.init.normal_(module[1].weight, std=0.2)
+    tokenizer = MaskGITVQGAN(MaskGITVQGANConfig(32, (1, 1, 1, 1), 1, 8, 16, 16))
+    torch.nn.init.normal_(tokenizer.quantize.embedding.weight)
+    return assemble(generator, tokenizer)
+
+
+@pytest.fixture(scope="session")
+def toy_model() -> Model:
+    return make_toy_model()
+
+
+def random_images(count: int, size: int, seed: int = 0) -> np.ndarray:
+    """uint8 [count,size,size,3] of coarse random blocks, so that views and tokens differ between images."""
+    blocks = np.random.default_rng(seed).integers(0, 256, (count, 4, 4, 3), dtype=np.uint8)
+    return blocks.repeat(size // 4, 1).repeat(size // 4, 2)
+
+
+@pytest.fixture(scope="session")
+def toy_source() -> ArraySource:
+    """23 images of 16 px in 3 of the toy model's 5 classes, of sizes 11, 1 and 11."""
+    labels = np.array([0] * 11 + [1] + [3] * 11)
+    return ArraySource(random_images(23, 16), labels)

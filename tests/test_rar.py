@@ -1,0 +1,225 @@
+"""RAR and its tokenizer against the original authors' code on regenerated weights, and what generation promises."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import GOLDEN, build_case, case_images
+
+from fastmem import UsageError, assemble, responses
+from fastmem.models.checkpoints import build_networks, shapes_of
+from fastmem.models.model import Model
+from fastmem.models.rar import RAR, RARConfig, guidance_scale
+from fastmem.models.registry import Preset, find_entry
+
+# seen between two float32 implementations of the same network
+ABSOLUTE = 2e-4
+CASES = ["rar-small", pytest.param("rar-b", marks=pytest.mark.heavy)]
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request: pytest.FixtureRequest) -> tuple[str, Model, dict[str, np.ndarray]]:
+    with np.load(GOLDEN / f"{request.param}.npz") as golden:
+        arrays = {name: golden[name] for name in golden.files}
+    return request.param, build_case(request.param), arrays
+
+
+def int64(array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(array.astype(np.int64))
+
+
+def test_tokens_equal_the_originals(case):
+    name, model, golden = case
+    close_calls = golden["token_margin"] < 1e-4
+    different = model.tokenize(case_images(name)).numpy() != golden["tokens"]
+    assert not (different & ~close_calls).any()
+
+
+def test_logits_equal_the_originals(case):
+    _, model, golden = case
+    tokens = int64(golden["tokens"])
+    logits = model.logits(tokens, int64(golden["labels"]))
+    assert logits.dtype == torch.float32
+    if "logits" in golden:
+        np.testing.assert_allclose(logits, golden["logits"], atol=ABSOLUTE, rtol=0)
+    else:
+        np.testing.assert_allclose(logits.logsumexp(-1), golden["logits_logsumexp"], atol=ABSOLUTE, rtol=0)
+        np.testing.assert_allclose(logits[..., :8], golden["logits_first8"], atol=ABSOLUTE, rtol=0)
+    probabilities = logits.softmax(-1).gather(-1, tokens[..., None])[..., 0]
+    np.testing.assert_allclose(probabilities, golden["token_probs"], atol=1e-5, rtol=1e-3)
+    top_two = logits.topk(2).values
+    clear = (top_two[..., 0] - top_two[..., 1] > 1e-4).numpy()
+    assert (logits.argmax(-1).numpy() == golden["argmax_tokens"])[clear].all()
+    assert clear.mean() > 0.99
+
+
+def test_candidate_scores_equal_the_originals(case):
+    _, model, golden = case
+    scores = model.candidate_scores(int64(golden["tokens"]), int64(golden["labels"]))
+    np.testing.assert_allclose(scores, golden["candidate_score"], atol=1e-6)
+
+
+def test_responses_equal_the_originals(case):
+    _, model, golden = case
+    found = responses(model, int64(golden["tokens"]), int64(golden["labels"]), segments=["last"])
+    assert found.shape == (len(golden["tokens"]), model.num_layers, 1, model.num_units)
+    np.testing.assert_allclose(found[:, :, 0], golden["last_position_abs_act"], atol=ABSOLUTE, rtol=0)
+
+
+def test_every_segment_is_the_mean_of_absolute_activations():
+    model = build_case("rar-small")
+    golden = np.load(GOLDEN / "rar-small.npz")
+    segments = [s.name for s in model.all_segments]
+    found = responses(model, int64(golden["tokens"]), int64(golden["labels"]), segments=segments, backend="torch")
+    for i, segment in enumerate(model.all_segments):
+        expected = np.abs(golden["act"][:, :, segment.start : segment.stop]).mean(2)
+        np.testing.assert_allclose(found[:, :, i], expected, atol=ABSOLUTE, rtol=0, err_msg=segment.name)
+    assert model.segments == ("last", "last-trained")
+    assert model.class_only == ("class",)
+    starts = {s.name: s.start for s in model.all_segments}
+    assert (starts["last"], starts["last-trained"]) == (17, 16)
+
+
+def test_greedy_generation_equals_the_originals_from_every_prefix(case):
+    _, model, golden = case
+    labels, tokens = int64(golden["labels"]), int64(golden["tokens"])
+    prefixes = [int(name.removeprefix("greedy_prefix_")) for name in golden if name.startswith("greedy_prefix_")]
+    assert prefixes
+    for length in prefixes:
+        made = model.generate(labels, tokens[:, :length]).numpy()
+        assert (made == golden[f"greedy_prefix_{length}"]).all(), f"prefix {length}"
+
+
+def test_reconstruction_equals_the_originals(case):
+    _, model, golden = case
+    rebuilt = model.decode(int64(golden["tokens"])).numpy()
+    expected = golden["reconstruction"]
+    if expected.dtype == np.uint8:
+        # rounding of values that lie within the tolerance of a half may go either way
+        assert np.abs(rebuilt[0] * 255 - expected).max() <= 0.5 + 255 * ABSOLUTE
+    else:
+        np.testing.assert_allclose(rebuilt, expected, atol=ABSOLUTE, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["rar-b", "rar-l", "rar-xl", "rar-xxl"])
+def test_entry_names_and_shapes_equal_the_official_files(name):
+    shapes = json.loads((GOLDEN / "checkpoint_shapes.json").read_text())
+    with torch.device("meta"):
+        generator, tokenizer = build_networks(find_entry(name))
+    for network, file in ((generator, name), (tokenizer, "maskgit-vqgan-imagenet-f16-256")):
+        own = {entry: list(shape) for entry, shape in shapes_of(network.state_dict()).items()}
+        assert own == shapes[file]
+
+
+def test_prefixes_of_different_length_share_a_batch(small_model):
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(32, (4, 16), generator=generator)
+    labels = torch.tensor([0, 9, 3, 3])
+    rows = [tokens[i, :length] for i, length in enumerate((0, 16, 5, 9))]
+    together = small_model.generate(labels, rows)
+    alone = torch.cat([small_model.generate(labels[i : i + 1], [row]) for i, row in enumerate(rows)])
+    assert torch.equal(together, alone)
+    for made, row in zip(together, rows, strict=True):
+        assert torch.equal(made[: len(row)], row)
+
+
+def test_greedy_generation_follows_the_teacher_forced_arg_max(small_model):
+    labels = torch.arange(6)
+    made = small_model.generate(labels, torch.zeros(6, 0, dtype=torch.int64))
+    assert torch.equal(small_model.logits(made, labels).argmax(-1), made)
+
+
+def test_images_of_several_classes_in_a_batch_do_not_touch_each_other(small_model):
+    tokens = torch.randint(32, (5, 16), generator=torch.Generator().manual_seed(2))
+    labels = torch.tensor([7, 0, 7, 2, 0])
+    together = small_model.logits(tokens, labels)
+    alone = torch.cat([small_model.logits(t[None], y[None]) for t, y in zip(tokens, labels, strict=True)])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
+
+
+def test_sampling_is_seeded_and_follows_the_model(toy_model):
+    labels = torch.zeros(2000, dtype=torch.int64)
+    empty = torch.zeros(2000, 0, dtype=torch.int64)
+    preset = Preset(temperature=0.7, guidance=1.0)
+    made = toy_model.generate(labels, empty, greedy=False, preset=preset, generator=torch.Generator().manual_seed(3))
+    again = toy_model.generate(labels, empty, greedy=False, preset=preset, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(made, again)
+    expected = (toy_model.logits(made[:1], labels[:1])[0, 0] / 0.7).softmax(-1)
+    frequencies = torch.bincount(made[:, 0], minlength=16) / 2000
+    # four standard deviations of a frequency over 2,000 draws
+    assert ((frequencies - expected).abs() < 4 * (expected * (1 - expected) / 2000).sqrt() + 1e-3).all()
+
+
+def test_guided_sampling_mixes_both_branches(toy_model):
+    # at a temperature near zero sampling is the arg max of the guided logits
+    preset = Preset(temperature=1e-4, guidance=5.0, guidance_power=0.5)
+    labels = torch.arange(5)
+    made = toy_model.generate(labels, torch.zeros(5, 0, dtype=torch.int64), greedy=False, preset=preset)
+    network = toy_model.generator
+    conditional, unconditional = network(made, labels), network(made, torch.full_like(labels, -1))
+    for step in range(4):
+        scale = guidance_scale(preset, step, 4)
+        guided = unconditional[:, step] + (conditional - unconditional)[:, step] * scale
+        assert torch.equal(guided.argmax(-1), made[:, step])
+
+
+@pytest.mark.parametrize(("step", "expected"), [(0, 1.0), (128, 8.5), (256, 16.0)], ids=["first", "middle", "end"])
+def test_guidance_rises_from_one_to_its_full_scale(step, expected):
+    assert guidance_scale(Preset(guidance=16.0, guidance_power=1.0), step, 256) == pytest.approx(expected)
+
+
+def test_half_precision_generators_give_float32_results():
+    model = build_case("rar-small")
+    golden = np.load(GOLDEN / "rar-small.npz")
+    tokens, labels = int64(golden["tokens"]), int64(golden["labels"])
+    before = responses(model, tokens, labels)
+    model.generator.to(torch.bfloat16)
+    found = responses(model, tokens, labels)
+    assert found.dtype == model.logits(tokens, labels).dtype == torch.float32
+    torch.testing.assert_close(found, before, atol=0.15, rtol=0.1)
+
+
+def test_small_models_take_the_same_shares_of_their_tokens_as_prefixes(small_model):
+    assert small_model.prefixes == (0, 1, 2)
+    with torch.device("meta"):
+        generator, tokenizer = build_networks(find_entry("rar-tiny"))
+    assert assemble(generator, tokenizer).prefixes == (0, 1, 4, 8)
+    assert find_entry("rar-xxl").prefixes == (0, 1, 5, 14, 30)
+
+
+LABELS = torch.zeros(2, dtype=torch.int64)
+TOKENS = torch.zeros(2, 16, dtype=torch.int64)
+BAD_CALLS = {
+    "images of another size": lambda m: m.tokenize(torch.zeros(2, 3, 32, 32)),
+    "images as integers": lambda m: m.tokenize(torch.zeros(2, 3, 64, 64, dtype=torch.uint8)),
+    "too few tokens": lambda m: m.logits(TOKENS[:, :5], LABELS),
+    "tokens of another codebook": lambda m: m.decode(TOKENS + 32),
+    "negative tokens": lambda m: m.decode(TOKENS - 1),
+    "a label the checkpoint lacks": lambda m: m.logits(TOKENS, LABELS + 10),
+    "a negative label": lambda m: m.logits(TOKENS, LABELS - 1),
+    "fewer labels than images": lambda m: m.logits(TOKENS, LABELS[:1]),
+    "an unknown segment": lambda m: responses(m, TOKENS, LABELS, segments=["scale1"]),
+    "no segment": lambda m: responses(m, TOKENS, LABELS, segments=[]),
+    "a prefix longer than an image": lambda m: m.generate(LABELS, torch.zeros(2, 17, dtype=torch.int64)),
+    "greedy with a preset": lambda m: m.generate(LABELS, TOKENS[:, :3], preset=Preset()),
+    "an unknown backend": lambda m: responses(m, TOKENS, LABELS, backend="magic"),
+}
+
+
+@pytest.mark.parametrize("call", BAD_CALLS.values(), ids=BAD_CALLS)
+def test_bad_calls_are_refused_in_one_sentence(small_model, call):
+    with pytest.raises(UsageError, match="expected .* got ") as caught:
+        call(small_model)
+    assert "\n" not in str(caught.value)
+
+
+def test_networks_that_do_not_fit_each_other_are_refused(small_model):
+    with pytest.raises(UsageError, match="64 tokens and 32 codes"):
+        assemble(RAR(RARConfig(64, 1, 4, 16, 64, 32, 10)), small_model.tokenizer)
+    with pytest.raises(UsageError, match="one known family"):
+        assemble(torch.nn.Linear(2, 2), small_model.tokenizer)
+    with pytest.raises(UsageError, match="multiple of num_heads"):
+        RARConfig(hidden_size=10, num_heads=3)
