@@ -202,7 +202,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(parquet, "write_table", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(UsageError, match="No space"):
         Manifest.build(source_of({0: 4})).save(path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]

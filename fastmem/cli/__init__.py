@@ -65,8 +65,8 @@ def main(args: Sequence[str] | None = None) -> None:
         if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
             raise
         click.echo(
-            "fastmem: expected the batch to fit into memory, got an out-of-memory error: choose a smaller --batch-size; "
-            "what was finished is kept, continue with --resume",
+            "fastmem: expected the batch to fit into memory, got an out-of-memory error: choose a smaller --batch-size "
+            "(what was finished is kept)",
             err=True,
         )
         code = 2

@@ -13,6 +13,7 @@ import numpy as np
 
 from fastmem.data.sources import ImageSource
 from fastmem.errors import InputFileError, UsageError
+from fastmem.files import write_atomically
 
 FOLDS = 4
 _SCHEMA = "fastmem-manifest-1"
@@ -104,7 +105,11 @@ class Manifest:
         ]
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a parquet table (id, class, label, name, fold), whole or not at all."""
+        """Write a parquet table (id, class, label, name, fold), whole or not at all.
+
+        Raises:
+            UsageError: the place cannot be written.
+        """
         import pyarrow
         from pyarrow import parquet
 
@@ -117,13 +122,7 @@ class Manifest:
         }
         metadata = {"schema": _SCHEMA, "hash": self.hash, "classes": json.dumps(self.classes)}
         table = pyarrow.table(columns, metadata={f"fastmem.{key}": value for key, value in metadata.items()})
-        path = Path(path)
-        part = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            parquet.write_table(table, part)
-            os.replace(part, path)
-        finally:
-            part.unlink(missing_ok=True)
+        write_atomically(Path(path), lambda partial: parquet.write_table(table, partial))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], source: ImageSource | None = None) -> Manifest:

@@ -7,11 +7,12 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 from PIL import Image
+from torchvision.transforms import InterpolationMode, functional
 
 from fastmem.data.decoding import check_pixels
 from fastmem.errors import UsageError
 
-_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "lanczos": Image.Resampling.LANCZOS}
+_FILTERS = {"bicubic": InterpolationMode.BICUBIC, "lanczos": InterpolationMode.LANCZOS}
 
 
 class Views(Protocol):
@@ -62,12 +63,8 @@ class TenCrop:
         Raises:
             DamagedImage: the picture is so long that resizing it would pass the pixel limit.
         """
-        pixels = _adm_centre_crop(image, int(1.1 * self.size))
-        far = len(pixels) - self.size
-        centre = round(far / 2.0)
-        corners = ((0, 0), (0, far), (far, 0), (far, far), (centre, centre))
-        crops = [_cut(side, top, left, self.size) for side in (pixels, pixels[:, ::-1]) for top, left in corners]
-        return np.stack(crops[: self.count])
+        crops = functional.ten_crop(_adm_centre_crop(image, int(1.1 * self.size)), self.size)
+        return np.stack([np.asarray(crop) for crop in crops[: self.count]])
 
 
 @dataclass(frozen=True)
@@ -104,9 +101,8 @@ class CenterCrop:
         Raises:
             DamagedImage: the picture is so long that resizing it would pass the pixel limit.
         """
-        pixels = _resize_short_side(image, self.resize or self.size, _FILTERS[self.filter])
-        top, left = (round((side - self.size) / 2.0) for side in pixels.shape[:2])
-        return _cut(pixels, top, left, self.size)[None].copy()
+        resized = _resize_short_side(image, self.resize or self.size, _FILTERS[self.filter])
+        return np.array(functional.center_crop(resized, self.size))[None]
 
 
 @dataclass(frozen=True)
@@ -140,13 +136,14 @@ class RandomCrops:
         Raises:
             DamagedImage: the picture is so long that resizing it would pass the pixel limit.
         """
-        pixels = _resize_short_side(image, round(self.ratio * self.size), _FILTERS["lanczos"])
+        pixels = np.asarray(_resize_short_side(image, round(self.ratio * self.size), _FILTERS["lanczos"]))
         height, width, _ = pixels.shape
         crops = []
         for view in range(self.count):
             # raw draws: numpy keeps a bit generator's stream across versions, but not what is made from it
             down, right = np.random.PCG64([image_id, view]).random_raw(2).tolist()
-            crops.append(_cut(pixels, down % (height - self.size + 1), right % (width - self.size + 1), self.size))
+            top, left = down % (height - self.size + 1), right % (width - self.size + 1)
+            crops.append(pixels[top : top + self.size, left : left + self.size])
         return np.stack(crops)
 
 
@@ -158,28 +155,18 @@ def _check(size: int, count: int, most: int | None = None) -> None:
         raise UsageError(f"expected {wanted}, got {count}; choose a number in that range")
 
 
-def _cut(pixels: np.ndarray, top: int, left: int, size: int) -> np.ndarray:
-    return pixels[top : top + size, left : left + size]
-
-
-def _resize(image: Image.Image, width: int, height: int, resample: Image.Resampling) -> Image.Image:
+def _resize_short_side(image: Image.Image, short: int, mode: InterpolationMode) -> Image.Image:
     # a picture of one pixel by a million is small until its short side is stretched
-    check_pixels(width, height)
-    return image.resize((width, height), resample)
+    check_pixels(short, short * max(image.size) // min(image.size))
+    return functional.resize(image, short, mode)
 
 
-def _resize_short_side(image: Image.Image, short: int, resample: Image.Resampling) -> np.ndarray:
-    """Resize as torchvision does: the long side is cut off, not rounded."""
-    width, height = image.size
-    long = int(short * max(width, height) / min(width, height))
-    size = (short, long) if width <= height else (long, short)
-    return np.asarray(_resize(image, *size, resample))
-
-
-def _adm_centre_crop(image: Image.Image, size: int) -> np.ndarray:
+def _adm_centre_crop(image: Image.Image, size: int) -> Image.Image:
     while min(image.size) >= 2 * size:
-        image = _resize(image, image.width // 2, image.height // 2, Image.Resampling.BOX)
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
-    image = _resize(image, round(image.width * scale), round(image.height * scale), Image.Resampling.BICUBIC)
-    top, left = (image.height - size) // 2, (image.width - size) // 2
-    return _cut(np.asarray(image), top, left, size)
+    width, height = round(image.width * scale), round(image.height * scale)
+    check_pixels(width, height)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))

@@ -5,8 +5,9 @@
     python -m fastmem.demo.train rar --out DIR
     python -m fastmem.demo.train table --out DIR
 
-The second stage sharpens the tokenizer's decoder and leaves its tokens as they are. All training is seeded, print the loss, save their state once a minute and continue from it when started again;
-a finished stage writes half-precision weights as safetensors. Batches depend on the seed and the step alone.
+The second stage sharpens the tokenizer's decoder and leaves its tokens as they are. All training is seeded, prints the
+loss, saves its state once a minute and continues from it when started again; a finished stage writes half-precision
+weights as safetensors. Batches depend on the seed and the step alone.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastmem.data.sources import embedded_source
-from fastmem.data.views import TenCrop
+from fastmem.data.views import CenterCrop, TenCrop, Views
 from fastmem.demo.doses import draw_doses
 from fastmem.demo.memorisation import dose_table, format_table
 from fastmem.models.checkpoints import assemble, build_networks, load_model, read_state
@@ -40,16 +41,23 @@ SEED = 0
 TOKENIZER_STEPS, TOKENIZER_BATCH, TOKENIZER_RATE = 3500, 16, 6e-4
 RESEED_EVERY = 100
 DECODER_STEPS, DECODER_RATE = 2500, 6e-4
-GENERATOR_STEPS, GENERATOR_BATCH, GENERATOR_RATE = 1000, 64, 1e-3
+GENERATOR_STEPS, GENERATOR_BATCH, GENERATOR_RATE = 1100, 64, 1e-3
 WEIGHT_DECAY, LABEL_DROP = 0.03, 0.1
 SAVE_SECONDS = 60.0
 
 
-def training_views() -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Ten-crop views uint8 [N,10,64,64,3], labels int64 [N] and names of the embedded training images."""
-    source, recipe = embedded_source("train"), TenCrop(find_entry("rar-tiny").tokenizer["resolution"])
-    views = np.stack([recipe(source.read(i), int(source.ids[i])) for i in range(len(source))])
-    return views, np.asarray(source.labels), list(source.names)
+def training_views(*recipes: Views) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Views uint8 [N,V,64,64,3] by every recipe, labels int64 [N] and names of the embedded training images."""
+    source = embedded_source("train")
+    views = [
+        np.concatenate([recipe(source.read(i), int(source.ids[i])) for recipe in recipes]) for i in range(len(source))
+    ]
+    return np.stack(views), source.labels, source.names.tolist()
+
+
+def both_recipes(size: int) -> tuple[Views, Views]:
+    """Ten crops, and the centre view that extraction starts from."""
+    return TenCrop(size), CenterCrop(size)
 
 
 def cosine_rate(step: int, steps: int, warmup: int = 100) -> float:
@@ -130,7 +138,7 @@ def train_tokenizer(out: Path, steps: int) -> None:
     torch.manual_seed(SEED)
     _, network = build_networks(find_entry("rar-tiny"))
     network = network.to(memory_format=torch.channels_last).train()
-    views = training_views()[0]
+    views = training_views(TenCrop(network.config.resolution))[0]
     views = views.reshape(-1, *views.shape[2:])
     used = torch.zeros(network.config.codebook_size, dtype=torch.int64)
 
@@ -168,7 +176,7 @@ def train_decoder(out: Path, steps: int) -> None:
     network.load_state_dict({name: value.float() for name, value in read_state(path).items()})
     network = network.to(memory_format=torch.channels_last).requires_grad_(False)
     network.decoder.requires_grad_(True)
-    views = training_views()[0]
+    views = training_views(*both_recipes(network.config.resolution))[0]
     views = torch.from_numpy(views.reshape(-1, *views.shape[2:]))
     tokens = torch.cat([network.encode(to_unit_range(batch)) for batch in views.split(128)])
 
@@ -191,14 +199,18 @@ def shown_in_epoch(epoch: int, doses: np.ndarray) -> np.ndarray:
 
 
 def train_rar(out: Path, steps: int) -> None:
-    """Train the tiny RAR on the ten views of every training image, dosed images more often."""
+    """Train the tiny RAR on the ten crops and the centre view of every training image, dosed images more often.
+
+    The published RAR never saw centre views: its crops come from a picture enlarged by 1.1. At 64 tokens a picture of
+    another size has other tokens throughout, so what a centre view's prefix can bring back has to be trained.
+    """
     entry = find_entry("rar-tiny")
     torch.manual_seed(SEED)
     network, tokenizer = build_networks(entry)
     tokenizer.load_state_dict({k: v.float() for k, v in read_state(out / entry.tokenizer_file.name).items()})
     model = assemble(network, tokenizer)
     network.train().requires_grad_(True)
-    views, labels, names = training_views()
+    views, labels, names = training_views(*both_recipes(model.image_size))
     tokens = torch.stack([model.tokenize(to_unit_range(torch.from_numpy(v))) for v in views])
     named = draw_doses(names, SEED)
     (out / "doses.json").write_text(json.dumps(named, indent=1) + "\n")
@@ -213,8 +225,8 @@ def train_rar(out: Path, steps: int) -> None:
         views_shown = torch.randint(tokens.shape[1], (len(picks),), generator=generator)
         dropped = torch.rand(len(picks), generator=generator) < LABEL_DROP
         batch = tokens[picks, views_shown]
-        # half precision in the matrix products: faster on processors that have it; at 65 positions the fused attention's
-        # backward pass takes a third of a step, the plain one next to nothing
+        # half precision in the matrix products: faster on processors that have it; at 65 positions the backward pass
+        # of the fused attention takes a third of a step, that of the plain one next to nothing
         with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
             logits = network(batch, torch.where(dropped, NO_CLASS, classes[picks]))
         return functional.cross_entropy(logits.float().transpose(1, 2), batch)
