@@ -56,31 +56,31 @@ class RunFolder:
     def stats_file(self, split: str) -> Path:
         return self.path / f"{split}.safetensors"
 
-    def open(self, identity: Mapping[str, Any], resume: bool) -> bool:
-        """Start the run, or check that it goes on with the same inputs; True where there is something to go on from.
+    def check(self, identity: Mapping[str, Any], resume: bool) -> bool:
+        """Whether the folder holds a run to go on with.
 
-        Raises: UsageError where the folder holds a run and ``resume`` is off, where its inputs differ from
-        ``identity``, or where it cannot be written; InputFileError where run.json is damaged.
+        Raises: UsageError where it holds one and ``resume`` is off, or one whose inputs differ from ``identity``;
+        InputFileError where run.json is damaged.
         """
-        if self.identity_file.exists():
-            if not resume:
-                raise UsageError(
-                    f"expected a new folder to write to, got {self.path}, which holds a run: continue it with --resume "
-                    "or choose another --out"
-                )
-            self._check_same(read_json(self.identity_file, RUN_SCHEMA), identity)
-            return True
-        write_json(self.identity_file, {"schema": RUN_SCHEMA, **identity})
-        return False
-
-    def _check_same(self, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-        different = [key for key in now if before.get(key) != now[key]]
-        if different:
-            key = different[0]
+        if not self.identity_file.exists():
+            return False
+        if not resume:
             raise UsageError(
-                f"expected the inputs that the run in {self.path} was started with, got {key} {now[key]!r} instead of "
-                f"{before.get(key)!r}: resume with the same options, or choose another --out"
+                f"expected a new folder to write to, got {self.path}, which holds a run: continue it with --resume "
+                "or choose another --out"
             )
+        before = read_json(self.identity_file, RUN_SCHEMA)
+        for key, value in identity.items():
+            if before.get(key) != value:
+                raise UsageError(
+                    f"expected the inputs that the run in {self.path} was started with, got {key} {value!r} instead of "
+                    f"{before.get(key)!r}: resume with the same options, or choose another --out"
+                )
+        return True
+
+    def start(self, identity: Mapping[str, Any]) -> None:
+        """Make the folder and write down its inputs. Raises: UsageError where it cannot be written."""
+        write_json(self.identity_file, {"schema": RUN_SCHEMA, **identity})
 
 
 def check_writable(path: Path) -> None:

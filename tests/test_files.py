@@ -64,12 +64,13 @@ def test_run_folders_are_named_after_model_and_day_and_never_reused(tmp_path, mo
 def test_a_run_goes_on_only_with_the_inputs_it_was_started_with(tmp_path):
     folder = RunFolder(tmp_path / "run")
     identity = {"model": "rar-b", "settings": {"views": 10}}
-    assert folder.open(identity, resume=True) is False
-    assert folder.open(identity, resume=True) is True
+    assert folder.check(identity, resume=True) is False
+    folder.start(identity)
+    assert folder.check(identity, resume=True) is True
     with pytest.raises(UsageError, match="--resume"):
-        folder.open(identity, resume=False)
+        folder.check(identity, resume=False)
     with pytest.raises(UsageError, match="got model 'rar-l' instead of 'rar-b'"):
-        folder.open(identity | {"model": "rar-l"}, resume=True)
+        folder.check(identity | {"model": "rar-l"}, resume=True)
 
 
 def test_the_first_ctrl_c_is_a_request_and_the_second_stops():

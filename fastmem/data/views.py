@@ -157,7 +157,8 @@ def _check(size: int, count: int, most: int | None = None) -> None:
 
 def _resize_short_side(image: Image.Image, short: int, mode: InterpolationMode) -> Image.Image:
     # a picture of one pixel by a million is small until its short side is stretched
-    check_pixels(short, short * max(image.size) // min(image.size))
+    long = short * max(image.size) // min(image.size)
+    check_pixels(*((long, short) if image.width > image.height else (short, long)))
     return functional.resize(image, short, mode)
 
 

@@ -15,6 +15,8 @@ from fastmem.models.model import Model, to_unit_range
 
 IMAGES = 64
 BATCH = 16
+STANDARD_ERRORS = 2.0
+FEW_IMAGES = 8
 
 
 def token_loss(model: Model, tokens: Tensor, labels: Tensor) -> Tensor:
@@ -36,7 +38,9 @@ def check_labels(model: Model, manifest: Manifest) -> None:
 def check_class_order(model: Model, source: ImageSource, manifest: Manifest) -> tuple[float, float] | None:
     """Mean loss of up to 64 images under their own and under shuffled labels; None where all are of one class.
 
-    The images are spread evenly over the manifest; each gets the label of the one half a round further on.
+    The images are spread evenly over the manifest; each gets the label of the one half a round further on. Under a
+    wrong order both sets of labels are wrong and either may come out ahead by chance, so from 8 images on the own
+    labels have to be better by two standard errors of the images' differences.
 
     Raises: UsageError where the own labels are no better, which means that the class order is another one.
     """
@@ -57,10 +61,12 @@ def check_class_order(model: Model, source: ImageSource, manifest: Manifest) -> 
         for labels in (own, shuffled)
     ]
     with_own, with_shuffled = (float(loss.double().mean()) for loss in losses)
-    if not with_own < with_shuffled:
+    gain = (losses[1] - losses[0]).double()
+    chance = STANDARD_ERRORS * float(gain.std()) / len(gain) ** 0.5 if len(gain) >= FEW_IMAGES else 0.0
+    if not float(gain.mean()) > chance:
         raise UsageError(
-            f"expected a lower loss with the images' own labels than with shuffled ones, got {with_own:.4f} and "
-            f"{with_shuffled:.4f} nats per token: the class order of {source.description} does not fit the checkpoint; "
-            "give it with --classes FILE, or pass --no-class-check for a model without class knowledge"
+            f"expected a clearly lower loss with the images' own labels than with shuffled ones, got {with_own:.4f} "
+            f"and {with_shuffled:.4f} nats per token: the class order of {source.description} does not fit the "
+            "checkpoint; give it with --classes FILE, or pass --no-class-check for a model without class knowledge"
         )
     return with_own, with_shuffled

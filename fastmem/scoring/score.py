@@ -187,9 +187,11 @@ class _Scorer:
         }
         for manifest in manifests.values():
             check_labels(self.model, manifest)
-        goes_on = self.folder is not None and self.folder.open(self._identity(manifests), resume)
+        goes_on = self.folder is not None and self.folder.check(self._identity(manifests), resume)
         if check_classes and not goes_on:
             self._check_class_order(sets["train"], manifests["train"])
+        if self.folder is not None and not goes_on:
+            self.folder.start(self._identity(manifests))
         if self.folder is not None:
             for split, manifest in manifests.items():
                 manifest.save(self.folder.manifest_file(split))
