@@ -61,19 +61,18 @@ def measure(model: Model, tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tenso
     return torch.cat(losses), torch.cat(shares)
 
 
-def dose_table(model: Model, doses: dict[str, int] | None = None) -> list[GroupRow]:
+def dose_table(model: Model, doses: dict[str, int] | None = None, most: int | None = None) -> list[GroupRow]:
     """A row for each dose, for images with a training near-duplicate ("twins"), and for held-out images.
 
-    doses: shows per epoch by name; the shipped list when None.
+    doses: shows per epoch by name; the shipped list when None. most: images of each group; all when None.
     """
     doses = json.loads(DOSE_FILE.read_text()) if doses is None else doses
     tokens, labels, names = center_tokens(model, "train")
     where = {name: i for i, name in enumerate(names)}
-    members = {group: [where[name] for name in listed] for group, listed in groups(doses).items()}
-    losses, shares = measure(model, tokens, labels)
-    rows = [_row(group, losses[listed], shares[listed]) for group, listed in members.items()]
+    members = {group: [where[name] for name in listed[:most]] for group, listed in groups(doses).items()}
+    rows = [_row(group, *measure(model, tokens[listed], labels[listed])) for group, listed in members.items()]
     tokens, labels, _ = center_tokens(model, "heldout")
-    return [*rows, _row("held-out", *measure(model, tokens, labels))]
+    return [*rows, _row("held-out", *measure(model, tokens[:most], labels[:most]))]
 
 
 def _row(group: str, losses: Tensor, shares: Tensor) -> GroupRow:

@@ -16,7 +16,7 @@ from fastmem.files import write_atomically
 from fastmem.report.units import TopUnit, ranked_segments
 from fastmem.stats import UnitStats
 
-TRAIN, HELDOUT, INK = "#2a6f97", "#d1495b", "#333333"
+TRAIN, FOLD, HELDOUT, INK = "#2a6f97", "#edae49", "#d1495b", "#333333"
 DPI = 130
 
 
@@ -28,28 +28,31 @@ def _save(figure: Figure, path: Path) -> None:
 def draw_unitmem_by_block(path: Path, stats: UnitStats, heldout: UnitStats | None, title: str) -> None:
     """UnitMem by block: for every ranked segment a box per block (quartiles, 5-95 % whiskers) and its top 1 % as dots.
 
-    The held-out set's medians and 95th percentiles are drawn over it where there is one.
+    Where there is a held-out set its medians and 95th percentiles are drawn over it. The largest response, and with it
+    UnitMem, grows with the number of images, so the first fold of the training set, a quarter of it, is drawn likewise.
     """
     segments = ranked_segments(stats)
     layers = stats.shape[0]
     figure = Figure(figsize=(max(6.0, 1.6 + 0.42 * layers), 0.8 + 2.9 * len(segments)), layout="constrained")
     axes = figure.subplots(len(segments), 1, sharex=True, squeeze=False)[:, 0]
-    scores, control = stats.unitmem().numpy(), None if heldout is None else heldout.unitmem().numpy()
+    scores = stats.unitmem().numpy()
+    controls = [] if heldout is None else [(stats.folds[0], FOLD, "training, one fold"), (heldout, HELDOUT, "held-out")]
     for axis, segment in zip(axes, segments, strict=True):
         _draw_boxes(axis, scores[:, segment])
-        if control is not None:
-            _draw_control(axis, control[:, segment])
+        for control, colour, _ in controls:
+            _draw_lines(axis, control.unitmem()[:, segment].numpy(), colour)
         axis.set_ylabel(f"UnitMem ({stats.segments[segment]})")
     axes[-1].set_xlabel("block")
-    subtitle = f"{stats.count:,} training images" + (f", {heldout.count:,} held-out images" if heldout else "")
-    figure.suptitle(f"{title}: UnitMem by block\n{subtitle}", fontsize=11, color=INK)
+    figure.suptitle(f"{title}: UnitMem by block, {stats.count:,} training images", fontsize=11, color=INK)
     handles = [
         matplotlib.patches.Patch(facecolor="#a9cfe3", edgecolor=TRAIN, label="training: quartiles, 5-95 %"),
         matplotlib.lines.Line2D([], [], marker=".", linestyle="", color=TRAIN, label="training: top 1 % of units"),
     ]
-    if control is not None:
-        handles.append(matplotlib.lines.Line2D([], [], color=HELDOUT, label="held-out: median, 95 %"))
-    figure.legend(handles=handles, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    handles += [
+        matplotlib.lines.Line2D([], [], color=colour, label=f"{name}, {control.count:,} images: median, 95 %")
+        for control, colour, name in controls
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     _save(figure, path)
 
 
@@ -78,9 +81,9 @@ def _draw_boxes(axis: Axes, scores: np.ndarray) -> None:
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def _draw_control(axis: Axes, scores: np.ndarray) -> None:
+def _draw_lines(axis: Axes, scores: np.ndarray, colour: str) -> None:
     for share, style in ((50, "-"), (95, "--")):
-        axis.plot(np.percentile(scores, share, axis=1), style, color=HELDOUT, linewidth=1.3, marker=".", markersize=4)
+        axis.plot(np.percentile(scores, share, axis=1), style, color=colour, linewidth=1.3, marker=".", markersize=4)
 
 
 def draw_contact_sheet(
