@@ -62,6 +62,7 @@ ROWS = {
     "no data": (("score", "--model", "rar-b"), 2, "FASTMEM_DATA"),
     "missing data": ((*SCORE, "--data", "{tmp}/nowhere"), 3, "nowhere"),
     "folder without images": ((*SCORE, "--data", "{tmp}/none"), 2, "none"),
+    "nothing but broken images": ((*SCORE, "--data", "{tmp}/broken"), 3, "1 that cannot, the first class/a.png"),
     "missing checkpoint": ((*SCORE, "--checkpoint", "{tmp}/no.bin"), 3, "no.bin, got no such file"),
     "missing official files": (("score", "--model", "rar-b", "--data", "{tmp}/data"), 3, "fastmem fetch --model rar-b"),
     "truncated checkpoint": ((*SCORE, "--checkpoint", "{tmp}/cut.safetensors"), 3, "fetch it again"),
@@ -90,6 +91,8 @@ def test_wrong_input_ends_with_one_sentence(capsys, tmp_path, data, monkeypatch,
     monkeypatch.chdir(tmp_path)
     weights = find_entry("rar-tiny").generator_file.path.read_bytes()
     (tmp_path / "none" / "class").mkdir(parents=True)
+    (tmp_path / "broken" / "class").mkdir(parents=True)
+    (tmp_path / "broken" / "class" / "a.png").write_bytes(b"")
     (tmp_path / "cut.safetensors").write_bytes(weights[: len(weights) // 2])
     (tmp_path / "cut.zip").write_bytes(IMAGES.read_bytes()[:10_000])
     (tmp_path / "file").write_text("")
@@ -102,7 +105,8 @@ def test_wrong_input_ends_with_one_sentence(capsys, tmp_path, data, monkeypatch,
     assert text in last
     assert last.startswith(("fastmem: expected", "Error:"))
     assert "Traceback" not in err
-    assert not (tmp_path / "runs").exists()
+    # only a pass over the images themselves can find that all are broken
+    assert (tmp_path / "runs").exists() == ("{tmp}/broken" in arguments)
 
 
 def embedded_classes() -> tuple[str, ...]:

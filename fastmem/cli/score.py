@@ -12,7 +12,7 @@ from fastmem.cli.options import JSON, MODEL, loading_options, print_json, runnin
 from fastmem.cli.progress import report_progress
 from fastmem.data.manifest import Manifest
 from fastmem.data.sources import ImageSource, embedded_source, open_source
-from fastmem.errors import UsageError
+from fastmem.errors import InputFileError, UsageError
 from fastmem.files import write_json
 from fastmem.models.checkpoints import load_model
 from fastmem.models.model import Model
@@ -133,17 +133,26 @@ def open_sources(model: str, data: str | None, heldout: str | None, classes: str
 def finish(
     model: Model, source: ImageSource, folder: RunFolder, result: ScoreResult, views: int | str, as_json: bool
 ) -> None:
-    """Write table, pictures and result.json, and print what was found."""
+    """Write table, pictures and result.json, and print what was found.
+
+    Raises: InputFileError where not one image could be read.
+    """
     # drawing loads matplotlib, which the pass does not need
     from fastmem.report.pictures import draw_contact_sheet, draw_unitmem_by_block
 
     stats = result.train
+    if not stats.count:
+        first = result.skipped[0]
+        raise InputFileError(
+            f"expected images that can be read in {source.description}, got {len(result.skipped)} that cannot, the first "
+            f"{first.name} ({first.reason}): copy them again"
+        )
     manifest = Manifest.load(folder.manifest_file("train"))
     ranked = top_units(stats, SHEET_UNITS)
     table, blocks, sheet = (folder.path / name for name in ("units.parquet", "unitmem-by-block.png", "top-images.png"))
     write_unit_table(table, stats, result.heldout, manifest)
     pictures = []
-    if ranked and stats.count:
+    if ranked:
         draw_unitmem_by_block(blocks, stats, result.heldout, model.name)
         title = f"{model.name}: the images behind the {len(ranked)} units of highest UnitMem"
         draw_contact_sheet(sheet, ranked, source, names_by_id(manifest), title)

@@ -187,6 +187,12 @@ class _Scorer:
         }
         for manifest in manifests.values():
             check_labels(self.model, manifest)
+        named, known = len(manifests["train"].classes), self.model.num_classes
+        if named != known:
+            self.reporter.note(
+                f"the images name {named} classes and the checkpoint has {known}: labels are taken as positions in the "
+                "images' class order, so a subset needs the checkpoint's whole order (--classes FILE)"
+            )
         goes_on = self.folder is not None and self.folder.check(self._identity(manifests), resume)
         if check_classes and not goes_on:
             self._check_class_order(sets["train"], manifests["train"])
