@@ -62,7 +62,7 @@ ROWS = {
     "no data": (("score", "--model", "rar-b"), 2, "FASTMEM_DATA"),
     "missing data": ((*SCORE, "--data", "{tmp}/nowhere"), 3, "nowhere"),
     "folder without images": ((*SCORE, "--data", "{tmp}/none"), 2, "none"),
-    "nothing but broken images": ((*SCORE, "--data", "{tmp}/broken"), 3, "1 that cannot, the first class/a.png"),
+    "nothing but broken images": ((*SCORE, "--data", "{tmp}/broken"), 3, "the first class/a.png"),
     "missing checkpoint": ((*SCORE, "--checkpoint", "{tmp}/no.bin"), 3, "no.bin, got no such file"),
     "missing official files": (("score", "--model", "rar-b", "--data", "{tmp}/data"), 3, "fastmem fetch --model rar-b"),
     "truncated checkpoint": ((*SCORE, "--checkpoint", "{tmp}/cut.safetensors"), 3, "fetch it again"),

@@ -144,8 +144,8 @@ def finish(
     if not stats.count:
         first = result.skipped[0]
         raise InputFileError(
-            f"expected images that can be read in {source.description}, got {len(result.skipped)} that cannot, the first "
-            f"{first.name} ({first.reason}): copy them again"
+            f"expected images that can be read in {source.description}, got {len(result.skipped)} that cannot, the "
+            f"first {first.name} ({first.reason}): copy them again"
         )
     manifest = Manifest.load(folder.manifest_file("train"))
     ranked = top_units(stats, SHEET_UNITS)
