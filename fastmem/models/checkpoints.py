@@ -37,7 +37,10 @@ def read_state(path: Path) -> dict[str, Tensor]:
     try:
         content = load_file(path) if path.suffix == ".safetensors" else _torch_load(path)
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError, SafetensorError) as error:
-        detail = " ".join(str(error).split())[:160]
+        # torch's own text would advise to load the file unsafely
+        detail = (
+            "not plain tensors" if isinstance(error, pickle.UnpicklingError) else " ".join(str(error).split())[:160]
+        )
         raise InputFileError(
             f"expected a whole .bin, .pth or .safetensors checkpoint of plain tensors in {path}, got one that cannot "
             f"be read ({type(error).__name__}: {detail}): fetch it again"
