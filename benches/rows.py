@@ -28,11 +28,13 @@ def describe_machine() -> dict[str, str]:
 
 
 def append_row(bench: str, row: Mapping[str, object]) -> Path:
-    """Add one row to benches/results/BENCH.csv; a file whose columns are others is refused by the csv module."""
+    """Add one row to benches/results/BENCH.csv. Raises: SystemExit where the file has other columns."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{bench}.csv"
     full = {**describe_machine(), **row}
     is_new = not path.exists()
+    if not is_new and path.read_text().splitlines()[0].split(",") != list(full):
+        raise SystemExit(f"expected the columns {', '.join(full)} in {path}, got others: move that file away")
     with open(path, "a", newline="") as file:
         writer = csv.DictWriter(file, list(full))
         if is_new:
