@@ -56,6 +56,9 @@ class RunFolder:
     def stats_file(self, split: str) -> Path:
         return self.path / f"{split}.safetensors"
 
+    def losses_file(self, split: str) -> Path:
+        return self.path / f"losses-{split}.safetensors"
+
     def check(self, identity: Mapping[str, Any], resume: bool) -> bool:
         """Whether the folder holds a run to go on with.
 

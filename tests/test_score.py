@@ -17,7 +17,7 @@ from fastmem import ArraySource, FolderSource, InputFileError, UnitStats, UsageE
 from fastmem.data.manifest import Manifest
 from fastmem.models.model import to_unit_range
 from fastmem.scoring.class_order import check_class_order
-from fastmem.scoring.score import Reporter
+from fastmem.scoring.settings import Reporter
 
 STATS = ("mean", "var", "view_var", "top_value", "top_image", "class_mean", "class_var")
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fastmem.cli.options import say
-from fastmem.scoring.score import Reporter, ScorePlan
+from fastmem.scoring.settings import Reporter, ScorePlan
 
 LINE_SECONDS = 30.0
 

@@ -89,6 +89,35 @@ class Manifest:
             digest.update(array.tobytes())
         return digest.hexdigest()
 
+    def match(self, heldout: Manifest, seed: int = 0) -> tuple[np.ndarray, Manifest]:
+        """Images of both manifests that make two sets of equal size, classes and folds.
+
+        Of every class as many images as the smaller side has, chosen by the hash of (seed, id) that also dealt the
+        folds; ``heldout`` is cut to them and takes its folds anew from their counterparts here. Returns a mask bool
+        [N] over this manifest's positions, and the cut held-out manifest. Both manifests must be built with ``seed``.
+
+        Raises:
+            UsageError: the two share no class.
+        """
+        mask = np.zeros(len(self), dtype=bool)
+        kept, folds = [], []
+        for label in np.intersect1d(self.labels, heldout.labels):
+            mine, theirs = (_drawing_order(m, int(label), seed) for m in (self, heldout))
+            size = min(len(mine), len(theirs))
+            mask[mine[:size]] = True
+            kept.append(theirs[:size])
+            folds.append(self.fold[mine[:size]])
+        if not kept:
+            raise UsageError(
+                "expected a held-out set with classes of the training set, got none in common: give both the same "
+                "class order (--classes FILE)"
+            )
+        positions, fold = np.concatenate(kept), np.concatenate(folds)
+        order = np.lexsort((heldout.ids[positions], heldout.labels[positions]))
+        at = positions[order]
+        arrays = (heldout.ids[at], heldout.labels[at], heldout.index[at], fold[order], heldout.names[at])
+        return mask, Manifest(*arrays, heldout.classes)
+
     def work_units(self, max_images: int | None = None) -> list[WorkUnit]:
         """Cut the manifest into slices of one class each, of at most ``max_images`` images.
 
@@ -165,6 +194,12 @@ class Manifest:
                 f"{source.labels[index[first]]} in {source.description}; use the same class order"
             )
         return Manifest(self.ids, self.labels, index, self.fold, self.names, self.classes)
+
+
+def _drawing_order(manifest: Manifest, label: int, seed: int) -> np.ndarray:
+    """Positions of a class in the order in which its images are drawn and dealt to folds."""
+    start, stop = np.searchsorted(manifest.labels, [label, label + 1])
+    return start + np.argsort(_shuffled(manifest.ids[start:stop], seed))
 
 
 def _shuffled(ids: np.ndarray, seed: int) -> np.ndarray:

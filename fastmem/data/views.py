@@ -147,6 +147,29 @@ class RandomCrops:
         return np.stack(crops)
 
 
+@dataclass(frozen=True)
+class Joined:
+    """The views of two recipes of one size, one after the other."""
+
+    first: Views
+    second: Views
+
+    @property
+    def name(self) -> str:
+        return f"{self.first.name}+{self.second.name}"
+
+    @property
+    def size(self) -> int:
+        return self.first.size
+
+    @property
+    def count(self) -> int:
+        return self.first.count + self.second.count
+
+    def __call__(self, image: Image.Image, image_id: int) -> np.ndarray:
+        return np.concatenate([self.first(image, image_id), self.second(image, image_id)])
+
+
 def _check(size: int, count: int, most: int | None = None) -> None:
     if size < 1:
         raise UsageError(f"expected views of at least 1 pixel, got {size}; give the model's image size")

@@ -16,7 +16,6 @@ from fastmem.data.manifest import Manifest
 from fastmem.data.sources import embedded_source
 from fastmem.demo.doses import groups
 from fastmem.models.model import Model, to_unit_range
-from fastmem.scoring.class_order import token_loss
 
 DOSE_FILE = Path(__file__).parent / "doses.json"
 BATCH = 64
@@ -55,7 +54,7 @@ def measure(model: Model, tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tenso
     prefix = model.num_tokens // 8
     losses, shares = [], []
     for batch, own in zip(tokens.split(BATCH), labels.split(BATCH), strict=True):
-        losses.append(token_loss(model, batch, own).mean(1).cpu())
+        losses.append(model.outcomes(batch, own).loss.mean(1).cpu())
         made = model.generate(own, batch[:, :prefix]).cpu()
         shares.append((made == batch)[:, prefix:].float().mean(1))
     return torch.cat(losses), torch.cat(shares)

@@ -13,13 +13,16 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from fastmem.backends.select import Backend
+from fastmem.backends.select import Backend, choose_backend
 from fastmem.errors import UsageError
 from fastmem.models.registry import Preset
 
 # pixels that go through the tokenizer at once, which bounds its memory whatever the caller's batch (8 images of 256 px)
 TOKENIZER_PIXELS = 8 * 256 * 256
+# logits that are held at once, which bounds them whatever the caller's batch (256 MiB)
+LOGITS = 2**26
 
 
 def to_unit_range(images: Tensor) -> Tensor:
@@ -35,6 +38,20 @@ class Segment:
     start: int
     stop: int
     class_only: bool = False
+
+
+@dataclass(frozen=True)
+class TokenOutcomes:
+    """How the teacher-forced pass did on true tokens: ``loss`` in nats, float32 [N,T]; ``hit``, bool [N,T], where the
+    arg max of the logits is the true token."""
+
+    loss: Tensor
+    hit: Tensor
+
+
+def _outcomes(logits: Tensor, tokens: Tensor) -> TokenOutcomes:
+    loss = functional.cross_entropy(logits.transpose(1, 2), tokens, reduction="none")
+    return TokenOutcomes(loss, logits.argmax(-1) == tokens)
 
 
 def _hash(network: nn.Module) -> str:
@@ -109,6 +126,16 @@ class Model(ABC):
     def _responses(self, tokens: Tensor, labels: Tensor, spans: Sequence[tuple[int, int]], backend: Backend) -> Tensor:
         """Responses float32 [N,layers,S,units] of checked tokens and labels."""
 
+    def _responses_and_logits(
+        self, tokens: Tensor, labels: Tensor, spans: Sequence[tuple[int, int]], backend: Backend
+    ) -> tuple[Tensor, Tensor]:
+        """Responses and logits of checked tokens and labels; a family can share the pass between them."""
+        return self._responses(tokens, labels, spans, backend), self.generator(tokens, labels)
+
+    @abstractmethod
+    def _no_class(self, count: int) -> Tensor:
+        """Labels int64 [count] under which the generator runs its unconditional branch."""
+
     @abstractmethod
     def _generate(
         self,
@@ -135,6 +162,10 @@ class Model(ABC):
         if not self._fingerprint:
             self._fingerprint = {"checkpoint": _hash(self.generator), "tokenizer": _hash(self.tokenizer)}
         return self._fingerprint
+
+    @property
+    def _rows_of_logits(self) -> int:
+        return max(1, LOGITS // (self.num_tokens * self.vocabulary))
 
     def _tokenizer_chunks(self, batch: Tensor) -> tuple[Tensor, ...]:
         return batch.split(max(1, TOKENIZER_PIXELS // self.image_size**2))
@@ -174,14 +205,46 @@ class Model(ABC):
         """
         return self.generator(self._check_tokens(tokens), self._check_labels(labels, len(tokens)))
 
+    @torch.inference_mode()
+    def outcomes(self, tokens: Tensor, labels: Tensor | None) -> TokenOutcomes:
+        """Loss and hits of true tokens int64 [N,T] under labels int64 [N], or without a class where labels are None.
+
+        Raises: as ``logits``.
+        """
+        tokens = self._check_tokens(tokens)
+        labels = self._no_class(len(tokens)) if labels is None else self._check_labels(labels, len(tokens))
+        chunks = (c.split(self._rows_of_logits) for c in (tokens, labels))
+        return _join([_outcomes(self.generator(t, y), t) for t, y in zip(*chunks, strict=True)], tokens)
+
+    @torch.inference_mode()
+    def responses_and_outcomes(
+        self, tokens: Tensor, labels: Tensor, segments: Sequence[str] | None = None, backend: Backend | None = None
+    ) -> tuple[Tensor, TokenOutcomes]:
+        """What ``responses`` and ``outcomes`` give, from one pass. Raises: as both."""
+        spans = [(s.start, s.stop) for s in self.find_segments(segments)]
+        backend = choose_backend("auto", self.device) if backend is None else backend
+        tokens = self._check_tokens(tokens)
+        labels = self._check_labels(labels, len(tokens))
+        responses, outcomes = [], []
+        for t, y in zip(*(c.split(self._rows_of_logits) for c in (tokens, labels)), strict=True):
+            response, logits = self._responses_and_logits(t, y, spans, backend)
+            responses.append(response)
+            outcomes.append(_outcomes(logits, t))
+        if not responses:
+            return self._responses(tokens, labels, spans, backend), _join([], tokens)
+        return torch.cat(responses), _join(outcomes, tokens)
+
     def candidate_scores(self, tokens: Tensor, labels: Tensor) -> Tensor:
         """Share of hits over the candidate positions, float32 [N]: where the arg max of the logits is the true token.
 
         tokens: int64 [N,T]; labels: int64 [N]. Raises: as ``logits``. Source: arXiv 2502.02514.
         """
+        return self.hit_share(self.outcomes(tokens, labels))
+
+    def hit_share(self, outcomes: TokenOutcomes) -> Tensor:
+        """``candidate_scores`` from outcomes: float32 [N]."""
         start, stop = self.candidate_positions
-        hits = self.logits(tokens, labels)[:, start:stop].argmax(-1) == tokens[:, start:stop].to(self.device)
-        return hits.float().mean(1)
+        return outcomes.hit[:, start:stop].float().mean(1)
 
     @torch.inference_mode()
     def responses(
@@ -193,8 +256,6 @@ class Model(ABC):
 
         Raises: UsageError for an unknown segment, other shapes, tokens or labels out of range.
         """
-        from fastmem.backends.select import choose_backend
-
         spans = [(s.start, s.stop) for s in self.find_segments(segments)]
         backend = choose_backend("auto", self.device) if backend is None else backend
         return self._responses(self._check_tokens(tokens), self._check_labels(labels, len(tokens)), spans, backend)
@@ -269,3 +330,9 @@ class Model(ABC):
                 "does the data have more classes than the checkpoint?"
             )
         return labels.to(self.device, torch.int64)
+
+
+def _join(parts: Sequence[TokenOutcomes], tokens: Tensor) -> TokenOutcomes:
+    if not parts:
+        return TokenOutcomes(tokens.float(), tokens.bool())
+    return TokenOutcomes(torch.cat([p.loss for p in parts]), torch.cat([p.hit for p in parts]))

@@ -249,6 +249,22 @@ class RAR(nn.Module):
         self, tokens: Tensor, labels: Tensor, spans: Sequence[tuple[int, int]], fc1_response: FC1Response
     ) -> Tensor:
         """Mean absolute activation of every unit over each span of positions: float32 [N, layers, S, units]."""
+        return self._observe(tokens, labels, spans, fc1_response, False)[0]
+
+    def responses_and_logits(
+        self, tokens: Tensor, labels: Tensor, spans: Sequence[tuple[int, int]], fc1_response: FC1Response
+    ) -> tuple[Tensor, Tensor]:
+        """What ``responses`` and ``forward`` give, from one pass."""
+        return self._observe(tokens, labels, spans, fc1_response, True)
+
+    def _observe(
+        self,
+        tokens: Tensor,
+        labels: Tensor,
+        spans: Sequence[tuple[int, int]],
+        fc1_response: FC1Response,
+        with_logits: bool,
+    ) -> tuple[Tensor, Tensor | None]:
         x = self.embed_start(tokens, labels)
         condition = self.condition(labels, 0, x.shape[1])
         start, stop = min(s[0] for s in spans), max(s[1] for s in spans)
@@ -256,7 +272,7 @@ class RAR(nn.Module):
         for layer, block in enumerate(self.blocks):
             x, inner, gate = block.attend(x, condition, None, layer)
             fc1, fc2 = block.mlp.fc1, block.mlp.fc2
-            if layer + 1 < len(self.blocks):
+            if with_logits or layer + 1 < len(self.blocks):
                 hidden, response = fc1_response(inner, fc1.weight, fc1.bias, spans, "none")
                 x = x + gate * fc2(hidden)
             else:
@@ -264,7 +280,11 @@ class RAR(nn.Module):
                 shifted = [(a - start, b - start) for a, b in spans]
                 _, response = fc1_response(inner[:, start:stop], fc1.weight, fc1.bias, shifted, "none")
             collected.append(response)
-        return torch.stack(collected, dim=1)
+        logits = None
+        if with_logits:
+            # position t+1 predicts token t; from the last one nothing is predicted
+            logits = self.head(x[:, 1:-1], Condition(condition.values[:, 1:-1], condition.rows))
+        return torch.stack(collected, dim=1), logits
 
     def step(self, x: Tensor, labels: Tensor, cache: Cache) -> Tensor:
         """Extend the cache by inputs [N, n, width] and return the last position's logits float32 [N, codebook]."""
@@ -335,6 +355,14 @@ class RARModel(Model):
 
     def _responses(self, tokens: Tensor, labels: Tensor, spans: Sequence[tuple[int, int]], backend: Backend) -> Tensor:
         return self.generator.responses(tokens, labels, spans, backend.fc1_response)
+
+    def _responses_and_logits(
+        self, tokens: Tensor, labels: Tensor, spans: Sequence[tuple[int, int]], backend: Backend
+    ) -> tuple[Tensor, Tensor]:
+        return self.generator.responses_and_logits(tokens, labels, spans, backend.fc1_response)
+
+    def _no_class(self, count: int) -> Tensor:
+        return torch.full((count,), NO_CLASS, device=self.device)
 
     def _generate(
         self,

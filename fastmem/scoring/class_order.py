@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.nn import functional
 
 from fastmem.data.loading import load_views
 from fastmem.data.manifest import Manifest
@@ -17,12 +15,6 @@ IMAGES = 64
 BATCH = 16
 STANDARD_ERRORS = 2.0
 FEW_IMAGES = 8
-
-
-def token_loss(model: Model, tokens: Tensor, labels: Tensor) -> Tensor:
-    """Teacher-forced loss of true tokens int64 [N,T] under labels int64 [N]: nats, float32 [N,T]."""
-    logits = model.logits(tokens, labels)
-    return functional.cross_entropy(logits.transpose(1, 2), tokens.to(logits.device), reduction="none")
 
 
 def check_labels(model: Model, manifest: Manifest) -> None:
@@ -57,7 +49,7 @@ def check_class_order(model: Model, source: ImageSource, manifest: Manifest) -> 
     sizes = [len(t) for t in tokens]
     shuffled = own.roll(len(own) // 2)
     losses = [
-        torch.cat([token_loss(model, t, y).mean(1) for t, y in zip(tokens, labels.split(sizes), strict=True)])
+        torch.cat([model.outcomes(t, y).loss.mean(1) for t, y in zip(tokens, labels.split(sizes), strict=True)])
         for labels in (own, shuffled)
     ]
     with_own, with_shuffled = (float(loss.double().mean()) for loss in losses)

@@ -1,10 +1,10 @@
-"""The pass over the images: views, tokens, teacher-forced forward, responses, statistics; nothing is kept per image."""
+"""The pass over the images: views, tokens, teacher-forced forward, responses, statistics; no activation is kept."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,89 +17,43 @@ from fastmem.data.decoding import Skipped
 from fastmem.data.loading import load_views
 from fastmem.data.manifest import FOLDS, Manifest, WorkUnit
 from fastmem.data.sources import ImageSource
-from fastmem.errors import UsageError
+from fastmem.data.views import Joined
 from fastmem.files import read_json, read_tensors, write_json, write_tensors
 from fastmem.models.model import Model, to_unit_range
 from fastmem.runs import Interruption, RunFolder, check_writable
 from fastmem.scoring.class_order import check_class_order, check_labels
+from fastmem.scoring.image_losses import ImageLosses
+from fastmem.scoring.running import RunningSet, Seen, as_rows, from_rows
+from fastmem.scoring.settings import BATCH_VIEWS, Reporter, ScorePlan, ScoreSettings
 from fastmem.stats import StatsBuilder, UnitStats
-from fastmem.stats.accumulators import LARGEST, Fold
-from fastmem.stats.statistics import row_folder
+from fastmem.stats.accumulators import LARGEST
+from fastmem.stats.storage import row_folder
 
-STATE_SCHEMA = "fastmem.score-state/1"
+STATE_SCHEMA = "fastmem.score-state/2"
 SKIPPED_SCHEMA = "fastmem.skipped/1"
-# views of one forward pass: at this size a GPU is full and a hidden layer of RAR-XXL takes half a gigabyte
-BATCH_VIEWS = 80
 UNIT_IMAGES = 64
 SAVE_SECONDS = 30.0
 # class rows above this size are summed up instead of kept
 MAX_ROW_BYTES = 2 * 2**30
-# of one unit and fold: mean and M2 in float64, the largest in float32; moments, views and largest responses with ids
-ROW_BYTES = 20
+# of one unit and fold: mean and M2 in float64, the largest with its id; moments, views and largest responses with ids
+ROW_BYTES = 28
 FOLD_BYTES = 24 + 12 * LARGEST
-
-
-@dataclass(frozen=True)
-class ScoreSettings:
-    """What determines the numbers of a scoring pass, besides model and data.
-
-    views: a number, or "center"; segments: names; per_class: images of each class, None for all; batch_size: views of
-    one forward pass; activation: "post" or "pre" (the GELU); class_rows: "auto", "keep" or "drop"; seed: of folds and
-    of the images taken per class.
-    """
-
-    views: int | str = 10
-    segments: tuple[str, ...] | None = None
-    per_class: int | None = None
-    batch_size: int = BATCH_VIEWS
-    activation: str = "post"
-    class_rows: str = "auto"
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.activation not in ("post", "pre"):
-            raise UsageError(f"expected activation post or pre, got {self.activation!r}")
-        if self.class_rows not in ("auto", "keep", "drop"):
-            raise UsageError(f"expected class_rows auto, keep or drop, got {self.class_rows!r}")
-        if self.batch_size < 1:
-            raise UsageError(f"expected a batch size of at least 1 view, got {self.batch_size}")
-        if self.views != "center" and not (isinstance(self.views, int) and self.views >= 1):
-            raise UsageError(f"expected views as a number of at least 1 or center, got {self.views!r}")
-
-
-@dataclass(frozen=True)
-class ScorePlan:
-    """What a pass will take, told before it starts: images of both sets, views of each, bytes on disk."""
-
-    images: int
-    heldout_images: int
-    views: int
-    disk_bytes: int
-    seconds: float | None
-
-
-@dataclass(frozen=True)
-class Reporter:
-    """Whom a pass tells about itself; the defaults are silent.
-
-    note: one sentence; planned: before the pass; advance: images done, from time to time.
-    """
-
-    note: Callable[[str], None] = field(default=lambda sentence: None)
-    planned: Callable[[ScorePlan], None] = field(default=lambda plan: None)
-    advance: Callable[[int], None] = field(default=lambda images: None)
 
 
 @dataclass(frozen=True)
 class ScoreResult:
     """What a scoring pass found.
 
-    train, heldout: statistics of both sets, heldout None without one; skipped: images that could not be read, with
-    reasons; seconds, images_per_second: of the pass in this process; run: the folder, None without one.
+    train, heldout: statistics of both sets, heldout None without one; train_losses, heldout_losses: losses and hits of
+    single images, None where they were not asked for; skipped: images that could not be read, with reasons; seconds,
+    images_per_second: of the pass in this process; run: the folder, None without one. train.matched holds the training
+    images that match the held-out set in size, classes and folds (None where all of them do).
     """
 
     train: UnitStats
     heldout: UnitStats | None
+    train_losses: ImageLosses | None
+    heldout_losses: ImageLosses | None
     skipped: tuple[Skipped, ...]
     backend: str
     device: str
@@ -138,6 +92,8 @@ def score(
     check_classes: bool = True,
     activation: str = "post",
     class_rows: str = "auto",
+    per_image: bool = False,
+    unconditional: bool = False,
     workers: int | None = None,
     reporter: Reporter | None = None,
 ) -> ScoreResult:
@@ -147,13 +103,24 @@ def score(
     each class, drawn evenly, None for all; batch_size: views of one forward pass, rounded down to whole images (at
     least one); out: run folder, None keeps the result in memory; resume: go on in a run folder that was interrupted;
     check_classes: refuse data whose class order does not fit; activation: "post" (after the GELU) or "pre";
-    class_rows: keep statistics per class, drop them, or "auto": keep them up to 2 GiB; workers: decoding processes.
+    class_rows: keep statistics per class, drop them, or "auto": keep them up to 2 GiB; per_image: keep each image's
+    loss and candidate hits on its centre view, for membership inference and extraction; unconditional: its loss without
+    a class too; workers: decoding processes. A held-out set is cut to the classes and, per class, to the number of
+    images that the training set has too; the training images that match it are also kept apart in ``train.matched``.
 
     Raises: UsageError for options that do not fit model or data, a folder that cannot be written or holds another run;
     InputFileError for a damaged run folder. KeyboardInterrupt leaves a folder from which ``resume`` goes on.
     """
     settings = ScoreSettings(
-        views, tuple(segments) if segments else None, per_class, batch_size or BATCH_VIEWS, activation, class_rows, seed
+        views,
+        tuple(segments) if segments else None,
+        per_class,
+        batch_size or BATCH_VIEWS,
+        activation,
+        class_rows,
+        seed,
+        per_image,
+        unconditional,
     )
     chosen = choose_backend(backend, model.device, pre_activation=activation == "pre")
     if out is not None:
@@ -176,15 +143,19 @@ class _Scorer:
 
     def __post_init__(self) -> None:
         self.recipe = self.model.view_recipe(self.settings.views)
+        # losses are taken on the centre view, which the responses need only when it was asked for
+        self.adds_centre = self.settings.per_image and self.settings.views != "center"
+        self.loaded = Joined(self.recipe, self.model.view_recipe("center")) if self.adds_centre else self.recipe
         self.segments = self.model.find_segments(self.settings.segments)
         self.shape = (self.model.num_layers, len(self.segments), self.model.num_units)
+        # which training images the held-out set is matched to, by manifest position
+        self.matched: np.ndarray | None = None
         self.skipped: dict[str, list[Skipped]] = {}
+        self.losses: dict[str, ImageLosses] = {}
         self.saved = time.monotonic()
 
     def run(self, sets: dict[str, ImageSource], resume: bool, check_classes: bool) -> ScoreResult:
-        manifests = {
-            split: Manifest.build(source, self.settings.per_class, self.settings.seed) for split, source in sets.items()
-        }
+        manifests = self._manifests(sets)
         for manifest in manifests.values():
             check_labels(self.model, manifest)
         named, known = len(manifests["train"].classes), self.model.num_classes
@@ -215,6 +186,8 @@ class _Scorer:
         return ScoreResult(
             stats["train"],
             stats.get("heldout"),
+            self.losses.get("train"),
+            self.losses.get("heldout"),
             tuple(skipped),
             self.backend.name,
             str(self.model.device),
@@ -222,6 +195,20 @@ class _Scorer:
             images / max(seconds, 1e-9),
             self.folder and self.folder.path,
         )
+
+    def _manifests(self, sets: dict[str, ImageSource]) -> dict[str, Manifest]:
+        """The images of each set; a held-out set is cut to what the training set can be matched to."""
+        per_class, seed = self.settings.per_class, self.settings.seed
+        manifests = {split: Manifest.build(source, per_class, seed) for split, source in sets.items()}
+        if "heldout" in manifests:
+            given = manifests["heldout"]
+            self.matched, manifests["heldout"] = manifests["train"].match(given, seed)
+            if len(manifests["heldout"]) < len(given):
+                self.reporter.note(
+                    f"of {len(given):,} held-out images {len(manifests['heldout']):,} are taken, of no class more than "
+                    "the training set has"
+                )
+        return manifests
 
     def _identity(self, manifests: dict[str, Manifest]) -> dict[str, Any]:
         settings = asdict(self.settings) | {"segments": [s.name for s in self.segments]}
@@ -277,12 +264,12 @@ class _Scorer:
         probe = np.arange(min(self._images_per_batch, len(manifests["train"])))
         complete = self.folder is not None and all(self.folder.stats_file(split).exists() for split in manifests)
         if sum(images.values()) > 4 * len(probe) and not complete:
-            (batch,) = load_views(source, manifests["train"], [probe], self.recipe, workers=0)
+            (batch,) = load_views(source, manifests["train"], [probe], self.loaded, workers=0)
             if len(batch.positions):
                 # the first call also allocates and chooses kernels, so the second is timed
-                self._responses(batch.views[:1], manifests["train"].labels[batch.positions[:1]])
+                self._see(batch.views[:1], batch.positions[:1], manifests["train"])
                 started = time.monotonic()
-                self._responses(batch.views, manifests["train"].labels[batch.positions])
+                self._see(batch.views, batch.positions, manifests["train"])
                 seconds = (time.monotonic() - started) / len(batch.positions) * sum(images.values())
         return ScorePlan(images["train"], images.get("heldout", 0), self.recipe.count, disk, seconds)
 
@@ -290,111 +277,106 @@ class _Scorer:
     def _images_per_batch(self) -> int:
         return max(1, self.settings.batch_size // self.recipe.count)
 
-    def _responses(self, views: Tensor, labels: np.ndarray) -> Tensor:
-        """Responses float32 [n,views,layers,segments,units] of views uint8 [n,views,S,S,3] under labels int64 [n]."""
-        flat = views.flatten(0, 1)
-        tokens = self.model.tokenize(to_unit_range(flat.to(self.model.device)))
-        per_view = torch.from_numpy(labels).repeat_interleave(self.recipe.count)
-        names = [s.name for s in self.segments]
-        return self.model.responses(tokens, per_view, names, self.backend).view(
-            len(views), self.recipe.count, *self.shape
-        )
+    def _see(self, views: Tensor, positions: np.ndarray, manifest: Manifest) -> Seen:
+        """The forward pass over views uint8 [n,views,S,S,3] of the images at ``positions``."""
+        model, names = self.model, [s.name for s in self.segments]
+        labels = torch.from_numpy(manifest.labels[positions])
+        flat = to_unit_range(views.flatten(0, 1).to(model.device))
+        tokens = model.tokenize(flat).unflatten(0, views.shape[:2])
+        centre, tokens = tokens[:, -1], tokens[:, : self.recipe.count]
+        per_view = labels.repeat_interleave(self.recipe.count)
+        outcomes = None
+        if self.settings.per_image and not self.adds_centre:
+            found, outcomes = model.responses_and_outcomes(centre, labels, names, self.backend)
+        else:
+            found = model.responses(tokens.flatten(0, 1), per_view, names, self.backend)
+        found = found.unflatten(0, tokens.shape[:2])
+        if not self.settings.per_image:
+            return Seen(positions, found)
+        outcomes = outcomes or model.outcomes(centre, labels)
+        unconditional = model.outcomes(centre, None).loss.mean(1) if self.settings.unconditional else None
+        return Seen(positions, found, outcomes, model.hit_share(outcomes), unconditional)
 
     def _score_set(self, split: str, source: ImageSource, manifest: Manifest) -> tuple[UnitStats, int]:
         """Statistics of one set, and how many images this process scored for it."""
         file = self.folder and self.folder.stats_file(split)
         if file is not None and file.exists():
-            self.skipped[split] = self._read_skipped(split)
+            self.skipped[split] = from_rows(read_json(self._skipped_file(split), SKIPPED_SCHEMA)["images"])
+            if self.settings.per_image:
+                self.losses[split] = ImageLosses.load(self.folder.losses_file(split), manifest.hash)
             self.reporter.advance(len(manifest))
             return UnitStats.load(file), 0
-        keep_rows = self._keeps_rows(manifest)
-        builder = StatsBuilder(
-            self.shape,
-            [s.name for s in self.segments],
-            [s.name for s in self.segments if s.class_only],
-            keep_rows,
-            row_folder(file) if file and keep_rows else None,
-            device=self.model.device,
-        )
+        running = self._start_set(split, manifest)
         units = manifest.work_units(UNIT_IMAGES)
-        first = self._restore(split, builder)
-        before = units[first - 1].stop if first else 0
+        before = units[running.units - 1].stop if running.units else 0
         self.reporter.advance(before)
-        self._score_units(split, source, manifest, units, first, builder)
-        stats = builder.finish(self._origin(split, manifest))
+        self._score_units(split, source, running, units)
+        stats = running.finish(self._origin(split, manifest))
+        self.skipped[split] = running.skipped
+        if running.losses is not None:
+            self.losses[split] = running.losses
         if file is not None:
-            write_json(self._skipped_file(split), {"schema": SKIPPED_SCHEMA, "images": _as_rows(self.skipped[split])})
+            write_json(self._skipped_file(split), {"schema": SKIPPED_SCHEMA, "images": as_rows(running.skipped)})
+            if running.losses is not None:
+                running.losses.save(self.folder.losses_file(split), manifest.hash)
             stats.save(file)
         return stats, len(manifest) - before
 
-    def _score_units(
-        self,
-        split: str,
-        source: ImageSource,
-        manifest: Manifest,
-        units: list[WorkUnit],
-        done: int,
-        builder: StatsBuilder,
-    ) -> None:
-        """Score the units from number ``done`` on and fold them into the builder in order."""
-        batches = list(_cut_batches(units[done:], self._images_per_batch))
-        loaded = load_views(source, manifest, [positions for positions, _ in batches], self.recipe, self.workers)
-        unit, skipped = builder.zero_unit(), []
+    def _start_set(self, split: str, manifest: Manifest) -> RunningSet:
+        """A set's running state, from its last checkpoint where there is one."""
+        keep_rows = self._keeps_rows(manifest)
+        file = self.folder and self.folder.stats_file(split)
+        builder = self._builder(keep_rows, row_folder(file) if file and keep_rows else None)
+        mask = self.matched if split == "train" and self.matched is not None and not self.matched.all() else None
+        running = RunningSet(
+            manifest,
+            builder,
+            mask,
+            None if mask is None else self._builder(False, None),
+            ImageLosses.zero(len(manifest), self.settings.unconditional) if self.settings.per_image else None,
+        )
+        if self.folder is not None and self.folder.state_file.exists():
+            tensors, header = read_tensors(self.folder.state_file, STATE_SCHEMA)
+            if header["set"] == split:
+                running.restore(tensors, header)
+        return running
+
+    def _builder(self, keep_rows: bool, rows_in: Path | None) -> StatsBuilder:
+        names = [s.name for s in self.segments]
+        class_only = [s.name for s in self.segments if s.class_only]
+        return StatsBuilder(self.shape, names, class_only, keep_rows, rows_in, device=self.model.device)
+
+    def _score_units(self, split: str, source: ImageSource, running: RunningSet, units: list[WorkUnit]) -> None:
+        """Score the work units that are not finished yet and fold them in, in order."""
+        manifest = running.manifest
+        batches = list(_cut_batches(units[running.units :], self._images_per_batch))
+        loaded = load_views(source, manifest, [positions for positions, _ in batches], self.loaded, self.workers)
         with Interruption() as interruption:
             for (positions, ends_unit), batch in zip(batches, loaded, strict=True):
-                skipped += batch.skipped
                 if len(batch.positions):
-                    self._update_unit(unit, batch.views, manifest, batch.positions)
+                    running.update(self._see(batch.views, batch.positions, manifest), batch.skipped)
+                else:
+                    running.skip(batch.skipped)
                 if ends_unit:
-                    builder.update(units[done].label, unit)
-                    self.skipped[split] += skipped
-                    done += 1
-                    unit, skipped = builder.zero_unit(), []
+                    running.end_unit(units[running.units].label)
                     if time.monotonic() - self.saved > SAVE_SECONDS:
-                        self._save(split, builder, done)
+                        self._save(split, running)
                 self.reporter.advance(len(positions))
                 if interruption.requested:
-                    self._save(split, builder, done)
+                    self._save(split, running)
                     raise KeyboardInterrupt
-            self._save(split, builder, done)
+            self._save(split, running)
 
-    def _update_unit(self, unit: list[Fold], views: Tensor, manifest: Manifest, positions: np.ndarray) -> None:
-        found = self._responses(views, manifest.labels[positions])
-        ids, folds = torch.from_numpy(manifest.ids[positions]), manifest.fold[positions]
-        for i in np.unique(folds):
-            rows = torch.from_numpy(np.flatnonzero(folds == i))
-            unit[i] = unit[i].update(found[rows.to(found.device)], ids[rows])
-
-    def _save(self, split: str, builder: StatsBuilder, done: int) -> None:
-        """Checkpoint the statistics after ``done`` work units; the last checkpoint stays until this one is whole."""
+    def _save(self, split: str, running: RunningSet) -> None:
+        """Checkpoint what is finished; the last checkpoint stays until this one is whole."""
         if self.folder is None:
             return
-        tensors, header = builder.state()
-        header |= {"set": split, "units": done, "skipped": _as_rows(self.skipped[split])}
-        write_tensors(self.folder.state_file, tensors, STATE_SCHEMA, header)
+        tensors, header = running.state()
+        write_tensors(self.folder.state_file, tensors, STATE_SCHEMA, header | {"set": split})
         self.saved = time.monotonic()
-
-    def _restore(self, split: str, builder: StatsBuilder) -> int:
-        """Go on from the checkpoint where there is one of this set; returns the number of finished work units."""
-        self.skipped[split] = []
-        if self.folder is None or not self.folder.state_file.exists():
-            return 0
-        tensors, header = read_tensors(self.folder.state_file, STATE_SCHEMA)
-        if header["set"] != split:
-            return 0
-        builder.restore(tensors, header)
-        self.skipped[split] = [Skipped(**row) for row in header["skipped"]]
-        return header["units"]
 
     def _skipped_file(self, split: str) -> Path:
         return self.folder.path / f"skipped-{split}.json"
-
-    def _read_skipped(self, split: str) -> list[Skipped]:
-        return [Skipped(**row) for row in read_json(self._skipped_file(split), SKIPPED_SCHEMA)["images"]]
-
-
-def _as_rows(skipped: Sequence[Skipped]) -> list[dict[str, str]]:
-    return [asdict(s) for s in skipped]
 
 
 def _cut_batches(units: Sequence[WorkUnit], size: int) -> Iterator[tuple[np.ndarray, bool]]:

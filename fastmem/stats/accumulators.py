@@ -99,38 +99,48 @@ class Largest:
 
 @dataclass
 class ClassRow:
-    """One class's moments and its largest response float32 [layers,segments,units] (0 where it has no image)."""
+    """One class's moments and its largest response: float32 with the image id int64, [layers,segments,units].
+
+    Without an image the response is 0 and the id -1; among equal responses the smallest id counts.
+    """
 
     moments: Moments
     largest: Tensor
+    image: Tensor
 
     @classmethod
     def zero(cls, shape: Shape, device: torch.device | str = "cpu") -> ClassRow:
-        return cls(Moments.zero(shape, device), torch.zeros(shape, dtype=torch.float32, device=device))
+        largest = torch.zeros(shape, dtype=torch.float32, device=device)
+        return cls(Moments.zero(shape, device), largest, torch.full(shape, -1, dtype=torch.int64, device=device))
 
     def merge(self, other: ClassRow) -> ClassRow:
-        return ClassRow(self.moments.merge(other.moments), torch.maximum(self.largest, other.largest))
+        largest, image = _larger(self.largest, self.image, other.largest, other.image)
+        return ClassRow(self.moments.merge(other.moments), largest, image)
 
     def to(self, device: torch.device | str) -> ClassRow:
         m = self.moments
-        return ClassRow(Moments(m.count, m.mean.to(device), m.m2.to(device)), self.largest.to(device))
+        moments = Moments(m.count, m.mean.to(device), m.m2.to(device))
+        return ClassRow(moments, self.largest.to(device), self.image.to(device))
 
 
 @dataclass
 class ClassSummary:
-    """What the class-level scores need of the classes seen whole, each tensor float64 [layers,segments,units].
+    """What the class-level scores need of the classes seen whole, each tensor [layers,segments,units].
 
-    count: classes; total, largest: sum and largest of the class means; within: largest within-class UnitMem.
+    count: classes; total, largest: sum and largest of the class means, float64; within: largest within-class UnitMem,
+    float64; within_image: id of the image it belongs to, int64, -1 without a class.
     """
 
     count: int
     total: Tensor
     largest: Tensor
     within: Tensor
+    within_image: Tensor
 
     @classmethod
     def zero(cls, shape: Shape, device: torch.device | str = "cpu") -> ClassSummary:
-        return cls(0, *(torch.zeros(shape, dtype=torch.float64, device=device) for _ in range(3)))
+        zeros = (torch.zeros(shape, dtype=torch.float64, device=device) for _ in range(3))
+        return cls(0, *zeros, torch.full(shape, -1, dtype=torch.int64, device=device))
 
     def update(self, row: ClassRow) -> ClassSummary:
         """With a class that is complete; a class without images changes nothing."""
@@ -138,7 +148,7 @@ class ClassSummary:
         if not m.count:
             return self
         within = contrast(row.largest, m.mean * m.count, m.count)
-        return self.merge(ClassSummary(1, m.mean, m.mean, within))
+        return self.merge(ClassSummary(1, m.mean, m.mean, within, row.image))
 
     def merge(self, other: ClassSummary) -> ClassSummary:
         """Of two sets of *different* classes."""
@@ -146,8 +156,15 @@ class ClassSummary:
             self.count + other.count,
             self.total + other.total,
             torch.maximum(self.largest, other.largest),
-            torch.maximum(self.within, other.within),
+            *_larger(self.within, self.within_image, other.within, other.within_image),
         )
+
+
+def _larger(value: Tensor, image: Tensor, other: Tensor, other_image: Tensor) -> tuple[Tensor, Tensor]:
+    """Elementwise the larger value with its image id; among equal values the smallest id, -1 being none."""
+    sooner = (other_image >= 0) & ((image < 0) | (other_image < image))
+    theirs = (other > value) | ((other == value) & sooner)
+    return torch.where(theirs, other, value), torch.where(theirs, other_image, image)
 
 
 @dataclass
@@ -184,4 +201,4 @@ class Fold:
 
     def to_row(self) -> ClassRow:
         """The class row of a fold whose images are all of one class."""
-        return ClassRow(self.moments, self.largest.value[..., 0].clamp_min(0))
+        return ClassRow(self.moments, self.largest.value[..., 0].clamp_min(0), self.largest.image[..., 0])

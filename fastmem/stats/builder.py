@@ -13,16 +13,8 @@ from torch import Tensor
 
 from fastmem.data.manifest import FOLDS
 from fastmem.stats.accumulators import LARGEST, ClassRow, ClassSummary, Fold, Moments, Shape
-from fastmem.stats.statistics import (
-    SUMMARY_TENSORS,
-    ClassRows,
-    UnitStats,
-    fold_from_tensors,
-    fold_tensors,
-    merge_folds,
-    read_row,
-    write_rows,
-)
+from fastmem.stats.statistics import ClassRows, UnitStats, merge_folds
+from fastmem.stats.storage import SUMMARY_TENSORS, fold_from_tensors, fold_tensors, read_row, write_rows
 
 
 class StatsBuilder:
@@ -116,7 +108,7 @@ class StatsBuilder:
             tensors |= {f"summary{i}.{key}": getattr(summary, key) for key in SUMMARY_TENSORS}
         for i, row in enumerate(self.open_rows):
             # the first unit of a class is shared with its fold, and a file may hold no tensor twice
-            parts = {"mean": row.moments.mean, "m2": row.moments.m2, "largest": row.largest}
+            parts = {"mean": row.moments.mean, "m2": row.moments.m2, "largest": row.largest, "image": row.image}
             tensors |= {f"open{i}.{key}": value.clone() for key, value in parts.items()}
         header = {
             "counts": [fold.moments.count for fold in self.folds],
@@ -137,8 +129,9 @@ class StatsBuilder:
         self.class_counts = [{int(k): v for k, v in counts.items()} for counts in header["class_counts"]]
         self.open_label = header["open_label"]
         self.open_rows = [
-            ClassRow(Moments(n, tensors[f"open{i}.mean"], tensors[f"open{i}.m2"]), tensors[f"open{i}.largest"]).to(
-                self.device
-            )
+            ClassRow(
+                Moments(n, *(tensors[f"open{i}.{key}"] for key in ("mean", "m2"))),
+                *(tensors[f"open{i}.{key}"] for key in ("largest", "image")),
+            ).to(self.device)
             for i, n in enumerate(header["open_counts"])
         ]

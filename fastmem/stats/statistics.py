@@ -5,20 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial, reduce
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastmem.errors import InputFileError, UsageError
-from fastmem.files import read_tensors, write_tensors
-from fastmem.stats.accumulators import ClassRow, ClassSummary, Fold, Largest, Moments, Shape, contrast
+from fastmem.errors import UsageError
+from fastmem.stats import storage
+from fastmem.stats.accumulators import ClassRow, ClassSummary, Fold, Shape, contrast
 
-SCHEMA = "fastmem.unit-stats/1"
-ROW_SCHEMA = "fastmem.class-row/1"
-SUMMARY_TENSORS = ("total", "largest", "within")
 # what two sets of statistics must agree on before they merge
 MUST_MATCH = ("model", "checkpoint", "tokenizer", "views", "activation")
 
@@ -53,7 +50,9 @@ class UnitStats:
 
     fold: the running state over all images; segments, class_only: names; class_counts: images of each class; rows:
     class rows, None where they were too large to keep; known_summary: None where it has to be told from the rows;
-    parts: statistics of disjoint sets of the images (the folds), empty for a single fold; origin: what was scored.
+    parts: statistics of disjoint sets of the images (the folds), empty for a single fold; origin: what was scored;
+    matched: statistics of those of the images that have the held-out set's size, classes and folds, None where there
+    was no held-out set or all images are among them.
     """
 
     fold: Fold
@@ -64,6 +63,7 @@ class UnitStats:
     known_summary: ClassSummary | None = None
     parts: tuple[UnitStats, ...] = ()
     origin: Mapping[str, Any] | None = None
+    matched: UnitStats | None = None
 
     @property
     def count(self) -> int:
@@ -146,6 +146,13 @@ class UnitStats:
         """
         return self._summary().within
 
+    def within_class_image(self) -> Tensor:
+        """Id of the image that ``within_class_unitmem`` belongs to, int64 [layers,segments,units]; -1 without images.
+
+        Raises: UsageError where neither class rows nor their summary were kept.
+        """
+        return self._summary().within_image
+
     def class_selectivity(self) -> Tensor:
         """UnitMem's formula over class means in place of images, float64 [layers,segments,units] in [0,1].
 
@@ -172,70 +179,20 @@ class UnitStats:
         if len(self.parts) != len(other.parts) or not self.parts:
             return self._merge_flat(other)
         whole = merge_folds([a.merge(b) for a, b in zip(self.parts, other.parts, strict=True)])
-        return replace(whole, known_summary=self._merge_summaries(other))
+        matched = self.matched.merge(other.matched) if self.matched and other.matched else None
+        return replace(whole, known_summary=self._merge_summaries(other), matched=matched)
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file, and the class rows into a folder NAME.classes beside it.
 
         Raises: UsageError where the place cannot be written.
         """
-        path = Path(path)
-        folder = row_folder(path)
-        if self.rows is not None and self.rows.folder != folder:
-            for label in sorted(self.class_counts):
-                write_rows(folder, label, [_row_or_zero(fold, label) for fold in self.folds])
-        tensors, summaries = {}, []
-        # the class-level scores come from the rows where there are any
-        keep = self.rows is None
-        for name, stats in (("whole", self), *((f"fold{i}", fold) for i, fold in enumerate(self.folds))):
-            summaries.append(stats.known_summary.count if keep and stats.known_summary else None)
-            if summaries[-1] is not None:
-                tensors |= {f"{name}.classes.{key}": getattr(stats.known_summary, key) for key in SUMMARY_TENSORS}
-        for i, fold in enumerate(self.folds):
-            tensors |= fold_tensors(fold.fold, f"fold{i}")
-        header = {
-            "segments": self.segments,
-            "class_only": self.class_only,
-            "counts": [fold.count for fold in self.folds],
-            "class_counts": [{str(k): v for k, v in fold.class_counts.items()} for fold in self.folds],
-            "class_rows": self.rows is not None,
-            "summaries": summaries,
-            "origin": dict(self.origin or {}),
-        }
-        write_tensors(path, tensors, SCHEMA, header)
+        storage.write(self, Path(path))
 
     @staticmethod
     def load(path: str | Path) -> UnitStats:
         """Statistics from a file that ``save`` wrote. Raises: InputFileError for a missing, damaged or foreign file."""
-        path = Path(path)
-        tensors, header = read_tensors(path, SCHEMA)
-
-        def summary(name: str, count: int | None) -> ClassSummary | None:
-            return count and ClassSummary(count, *(tensors[f"{name}.classes.{key}"] for key in SUMMARY_TENSORS))
-
-        folds = []
-        for i, count in enumerate(header["counts"]):
-            class_counts = {int(k): v for k, v in header["class_counts"][i].items()}
-            rows = ClassRows(class_counts, partial(read_row, row_folder(path), i), row_folder(path))
-            folds.append(
-                UnitStats(
-                    fold_from_tensors(tensors, f"fold{i}", count),
-                    tuple(header["segments"]),
-                    tuple(header["class_only"]),
-                    class_counts,
-                    rows if header["class_rows"] else None,
-                    summary(f"fold{i}", header["summaries"][i + 1]),
-                    origin=header["origin"],
-                )
-            )
-        if len(folds) == 1:
-            return folds[0]
-        whole = merge_folds(folds)
-        return replace(
-            whole,
-            known_summary=summary("whole", header["summaries"][0]),
-            rows=whole.rows and replace(whole.rows, folder=row_folder(path)),
-        )
+        return storage.read(Path(path))
 
     def _merge_flat(self, other: UnitStats) -> UnitStats:
         return UnitStats(
@@ -270,55 +227,3 @@ class UnitStats:
 def merge_folds(folds: Sequence[UnitStats]) -> UnitStats:
     """The whole, with ``folds`` as its folds."""
     return replace(reduce(UnitStats._merge_flat, folds), parts=tuple(folds))
-
-
-def fold_tensors(fold: Fold, name: str) -> dict[str, Tensor]:
-    """A fold's tensors under ``name.``, for a file."""
-    m, top = fold.moments, fold.largest
-    parts = {"mean": m.mean, "m2": m.m2, "view": fold.view_total, "top_value": top.value, "top_image": top.image}
-    return {f"{name}.{key}": value for key, value in parts.items()}
-
-
-def fold_from_tensors(tensors: Mapping[str, Tensor], name: str, count: int, device: torch.device | str = "cpu") -> Fold:
-    """The fold that ``fold_tensors`` wrote."""
-    mean, m2, view, value, image = (
-        tensors[f"{name}.{key}"].to(device) for key in ("mean", "m2", "view", "top_value", "top_image")
-    )
-    return Fold(Moments(count, mean, m2), view, Largest(value, image))
-
-
-def row_folder(path: Path) -> Path:
-    """Folder of the class rows of the statistics file ``path``."""
-    return path.with_name(path.stem + ".classes").absolute()
-
-
-def write_rows(folder: Path, label: int, rows: Sequence[ClassRow]) -> None:
-    """Write one class's rows, one of each fold, as ``class-LABEL.safetensors``."""
-    tensors = {
-        "mean": torch.stack([row.moments.mean for row in rows]),
-        "m2": torch.stack([row.moments.m2 for row in rows]),
-        "largest": torch.stack([row.largest for row in rows]),
-    }
-    header = {"label": label, "counts": [row.moments.count for row in rows]}
-    write_tensors(_row_file(folder, label), tensors, ROW_SCHEMA, header)
-
-
-def read_row(folder: Path, fold: int, label: int) -> ClassRow:
-    """One class's row of one fold. Raises: InputFileError for a missing, damaged or foreign file."""
-    path = _row_file(folder, label)
-    tensors, header = read_tensors(path, ROW_SCHEMA)
-    if header["label"] != label or not fold < len(header["counts"]):
-        raise InputFileError(
-            f"expected the row of class {label}, fold {fold} in {path}, got class {header['label']} with "
-            f"{len(header['counts'])} folds: were the files renamed?"
-        )
-    moments = Moments(header["counts"][fold], tensors["mean"][fold], tensors["m2"][fold])
-    return ClassRow(moments, tensors["largest"][fold])
-
-
-def _row_file(folder: Path, label: int) -> Path:
-    return folder / f"class-{label:05d}.safetensors"
-
-
-def _row_or_zero(stats: UnitStats, label: int) -> ClassRow:
-    return stats.rows.read(label) if label in stats.class_counts else ClassRow.zero(stats.shape)
