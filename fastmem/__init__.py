@@ -14,6 +14,11 @@ if TYPE_CHECKING:
     from fastmem.models.checkpoints import assemble, load_model
     from fastmem.models.registry import model_names
     from fastmem.scoring import ScoreResult, responses, score
+    from fastmem.scoring.gap import gap
+    from fastmem.scoring.membership import membership
+    from fastmem.scoring.ownership import owners
+    from fastmem.scoring.reliability import reliability
+    from fastmem.scoring.selection import Selection, select
     from fastmem.stats import UnitStats
 
 __version__ = "0.1.0"
@@ -24,15 +29,21 @@ _HOMES = {
     "FolderSource": "fastmem.data.sources",
     "InputFileError": "fastmem.errors",
     "ScoreResult": "fastmem.scoring",
+    "Selection": "fastmem.scoring.selection",
     "UnitStats": "fastmem.stats",
     "UsageError": "fastmem.errors",
     "ZipSource": "fastmem.data.sources",
     "assemble": "fastmem.models.checkpoints",
     "embedded_source": "fastmem.data.sources",
+    "gap": "fastmem.scoring.gap",
     "load_model": "fastmem.models.checkpoints",
+    "membership": "fastmem.scoring.membership",
     "model_names": "fastmem.models.registry",
+    "owners": "fastmem.scoring.ownership",
+    "reliability": "fastmem.scoring.reliability",
     "responses": "fastmem.scoring",
     "score": "fastmem.scoring",
+    "select": "fastmem.scoring.selection",
 }
 
 __all__ = [
@@ -41,15 +52,21 @@ __all__ = [
     "FolderSource",
     "InputFileError",
     "ScoreResult",
+    "Selection",
     "UnitStats",
     "UsageError",
     "ZipSource",
     "assemble",
     "embedded_source",
+    "gap",
     "load_model",
+    "membership",
     "model_names",
+    "owners",
+    "reliability",
     "responses",
     "score",
+    "select",
 ]
 
 

@@ -9,7 +9,8 @@ from pyarrow import parquet
 
 from fastmem import ArraySource, score
 from fastmem.data.manifest import Manifest
-from fastmem.report.units import names_by_id, ranked_segments, top_units, write_unit_table
+from fastmem.report.units import names_by_id, top_units, write_unit_table
+from fastmem.scoring.selection import ranked_segments
 
 
 @pytest.fixture(scope="module")

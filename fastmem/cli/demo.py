@@ -6,23 +6,35 @@ import click
 
 from fastmem.cli.options import say
 from fastmem.cli.score import command as score_command
+from fastmem.data.manifest import Manifest
+from fastmem.demo.controls import Doses, format_membership, format_ownership, membership_by_dose, ownership
 from fastmem.demo.memorisation import dose_table, format_table
 from fastmem.models.checkpoints import load_model
+from fastmem.runs import RunFolder
 
 MODEL = "rar-tiny"
 
 
 @click.command("demo")
-@click.option("--full", is_flag=True, help="Also generate from prefixes: what comes back of each dose.")
+@click.option("--full", is_flag=True, help="Also what is known and owned by images of each dose.")
 @click.option("--out", metavar="RUN", help="Run folder.  [default: runs/MODEL-DATE]")
 @click.pass_context
 def command(ctx: click.Context, full: bool, out: str | None) -> None:
-    """Scores the embedded model on the embedded images: a table, two pictures, and arrays in a run folder.
+    """Scores the embedded model on the embedded images: tables, pictures, and arrays in a run folder.
 
     The embedded RAR was trained on 823 of the 1,015 embedded pictures, some of them shown 2, 4, 8 or 16 times as often
-    as the rest, so it memorises in graded doses.
+    as the rest, so it memorises in graded doses. --full adds what is known of each dose: what comes back from a prefix,
+    how well the loss tells it from held-out images, and which share of the highest units it owns.
     """
-    ctx.invoke(score_command, model=MODEL, out=out)
-    if full:
-        say("\ngenerating from an eighth of the tokens of every image")
-        click.echo(format_table(dose_table(load_model(MODEL))))
+    result = ctx.invoke(score_command, model=MODEL, out=out, cfg=True)
+    if not full:
+        return
+    folder = RunFolder(result.run)
+    manifests = {split: Manifest.load(folder.manifest_file(split)) for split in ("train", "heldout")}
+    doses = Doses.of(manifests["train"])
+    say("\ngenerating from an eighth of the tokens of every image")
+    click.echo(format_table(dose_table(load_model(MODEL))))
+    click.echo(
+        f"\nMembership inference against held-out images:\n\n{format_membership(membership_by_dose(result, doses))}"
+    )
+    click.echo(f"\n{format_ownership(ownership(result, manifests, doses))}")

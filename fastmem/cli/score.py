@@ -13,15 +13,14 @@ from fastmem.cli.progress import report_progress
 from fastmem.data.manifest import Manifest
 from fastmem.data.sources import ImageSource, embedded_source, open_source
 from fastmem.errors import InputFileError, UsageError
-from fastmem.files import write_json
 from fastmem.models.checkpoints import load_model
 from fastmem.models.model import Model
 from fastmem.models.registry import find_entry
-from fastmem.report.units import TopUnit, names_by_id, top_units, write_unit_table
-from fastmem.runs import RESULT_SCHEMA, RunFolder, default_folder
+from fastmem.report.score_report import ScoreFindings, write_report
+from fastmem.report.units import names_by_id
+from fastmem.runs import RunFolder, default_folder
 from fastmem.scoring import ScoreResult, score
 
-SHEET_UNITS = 16
 PRINTED_UNITS = 10
 
 
@@ -38,6 +37,8 @@ PRINTED_UNITS = 10
     "--activation", default="post", show_default=True, help="post or pre: responses after or before the GELU."
 )
 @click.option("--class-rows", default="auto", show_default=True, help="keep, drop, or auto: kept up to 2 GiB.")
+@click.option("--per-image", is_flag=True, help="Keep every image's loss and hits: membership inference, candidates.")
+@click.option("--cfg", is_flag=True, help="With --per-image, which it implies: the loss without a class too.")
 @click.option("--workers", type=click.IntRange(0), help="Processes that decode images.  [default: by cores]")
 @loading_options
 @running_options
@@ -53,6 +54,8 @@ def command(
     resume: bool,
     activation: str,
     class_rows: str,
+    per_image: bool,
+    cfg: bool,
     workers: int | None,
     checkpoint: str | None,
     tokenizer: str | None,
@@ -64,7 +67,7 @@ def command(
     seed: int,
     no_class_check: bool,
     as_json: bool,
-) -> None:
+) -> ScoreResult:
     """One pass over a training set: statistics and UnitMem of every unit, as a table, pictures and arrays.
 
     Without --data a tiny model takes the embedded images, any other the folder that FASTMEM_DATA names.
@@ -91,10 +94,13 @@ def command(
             check_classes=not no_class_check,
             activation=activation,
             class_rows=class_rows,
+            per_image=per_image or cfg,
+            unconditional=cfg,
             workers=workers,
             reporter=reporter,
         )
     finish(loaded, sources["train"], folder, result, parse_views(views), as_json)
+    return result
 
 
 def parse_views(text: str) -> int | str:
@@ -137,45 +143,13 @@ def finish(
 
     Raises: InputFileError where not one image could be read.
     """
-    # drawing loads matplotlib, which the pass does not need
-    from fastmem.report.pictures import draw_contact_sheet, draw_unitmem_by_block
-
-    stats = result.train
-    if not stats.count:
+    if not result.train.count:
         first = result.skipped[0]
         raise InputFileError(
             f"expected images that can be read in {source.description}, got {len(result.skipped)} that cannot, the "
             f"first {first.name} ({first.reason}): copy them again"
         )
-    manifest = Manifest.load(folder.manifest_file("train"))
-    ranked = top_units(stats, SHEET_UNITS)
-    table, blocks, sheet = (folder.path / name for name in ("units.parquet", "unitmem-by-block.png", "top-images.png"))
-    write_unit_table(table, stats, result.heldout, manifest)
-    pictures = []
-    if ranked:
-        draw_unitmem_by_block(blocks, stats, result.heldout, model.name)
-        title = f"{model.name}: the images behind the {len(ranked)} units of highest UnitMem"
-        draw_contact_sheet(sheet, ranked, source, names_by_id(manifest), title)
-        pictures = [str(blocks), str(sheet)]
-    document = {
-        "run": str(folder.path),
-        "model": model.name,
-        "backend": result.backend,
-        "device": result.device,
-        "images": stats.count,
-        "heldout_images": result.heldout.count if result.heldout else 0,
-        "views": views,
-        "layers": stats.shape[0],
-        "segments": list(stats.segments),
-        "units": stats.shape[2],
-        "seconds": round(result.seconds, 3),
-        "images_per_second": round(result.images_per_second, 3),
-        "skipped": len(result.skipped),
-        "skipped_images": [{"name": s.name, "reason": s.reason} for s in result.skipped],
-        "table": str(table),
-        "pictures": pictures,
-    }
-    write_json(folder.result_file, {"schema": RESULT_SCHEMA} | document)
+    document, found = write_report(model, source, folder, result, views)
     for skipped in result.skipped[:5]:
         say(f"skipped {skipped.name}: {skipped.reason}")
     if len(result.skipped) > 5:
@@ -183,24 +157,45 @@ def finish(
     if as_json:
         print_json(document)
     else:
-        _print_summary(document, ranked[:PRINTED_UNITS], names_by_id(manifest))
+        _print_summary(document, found, names_by_id(Manifest.load(folder.manifest_file("train"))))
 
 
-def _print_summary(document: dict[str, Any], ranked: list[TopUnit], names: dict[int, str]) -> None:
+def _print_summary(document: dict[str, Any], found: ScoreFindings, names: dict[int, str]) -> None:
     heldout = f" + {document['heldout_images']:,} held-out" if document["heldout_images"] else ""
     click.echo(
         f"{document['model']}: {document['images']:,}{heldout} images, {document['layers']} blocks x "
         f"{document['units']:,} units, {document['images_per_second']:.3g} images/s, backend {document['backend']}"
     )
-    if ranked:
+    if found.top:
         click.echo(
             f"\n{'block':>5} {'unit':>6}  {'segment':<14}{'UnitMem':>8}{'class sel.':>12}  largest response from"
         )
-        for unit in ranked:
+        for unit in found.top[:PRINTED_UNITS]:
             click.echo(
                 f"{unit.layer:>5} {unit.unit:>6}  {unit.segment:<14}{unit.unitmem:>8.3f}{unit.class_selectivity:>12.3f}"
                 f"  {names[unit.image_ids[0]]}"
             )
         click.echo()
-    for path in (document["table"], *document["pictures"]):
+    for reliable in found.reliability.values():
+        click.echo(reliable)
+    if document["gap"]:
+        click.echo(_gap_sentence(document["gap"]))
+    for by, sentence in (
+        ("loss", "membership by loss"),
+        ("guided", "membership by loss without a class minus with it"),
+    ):
+        if by in found.membership:
+            click.echo(f"{sentence}: {found.membership[by]}")
+    for path in (*document["tables"], *document["pictures"]):
         click.echo(path)
+
+
+def _gap_sentence(gap: dict[str, Any]) -> str:
+    means = ", ".join(
+        f"{name} {row['mean']:+.3f} ({row['low']:+.3f} to {row['high']:+.3f})" for name, row in gap["mean"].items()
+    )
+    return (
+        f"UnitMem on training minus held-out images, {gap['images']:,} matched images each, mean over units and folds: "
+        f"{means}; {gap['called']:,} of {gap['tested']:,} units stand out at a false-discovery rate of "
+        f"{gap['false_discovery_rate']:.0%}"
+    )

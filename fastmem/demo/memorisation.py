@@ -16,6 +16,7 @@ from fastmem.data.manifest import Manifest
 from fastmem.data.sources import embedded_source
 from fastmem.demo.doses import groups
 from fastmem.models.model import Model, to_unit_range
+from fastmem.report.markdown import markdown_table
 
 DOSE_FILE = Path(__file__).parent / "doses.json"
 BATCH = 64
@@ -85,10 +86,4 @@ def format_table(rows: Sequence[GroupRow]) -> str:
     body = [
         (r.group, str(r.images), f"{r.loss:.2f}", f"{r.tokens_right:.0%}", f"{r.came_back} of {r.images}") for r in rows
     ]
-    widths = [max(len(row[i]) for row in (head, *body)) for i in range(len(head))]
-    lines = [
-        "| " + " | ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) + " |"
-        for row in (head, *body)
-    ]
-    rule = "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|"
-    return "\n".join([lines[0], rule, *lines[1:]])
+    return markdown_table(head, body)

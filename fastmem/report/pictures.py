@@ -1,4 +1,4 @@
-"""The two pictures of a scoring run, as PNG."""
+"""The pictures of a scoring run, as PNG."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from matplotlib.figure import Figure
 from fastmem.data.decoding import DamagedImage
 from fastmem.data.sources import ImageSource
 from fastmem.files import write_atomically
-from fastmem.report.units import TopUnit, ranked_segments
+from fastmem.report.units import TopUnit
+from fastmem.scoring.gap import Gap
+from fastmem.scoring.selection import find_matched, matched_to, ranked_segments
 from fastmem.stats import UnitStats
 
 TRAIN, FOLD, HELDOUT, INK = "#2a6f97", "#edae49", "#d1495b", "#333333"
@@ -29,14 +31,15 @@ def draw_unitmem_by_block(path: Path, stats: UnitStats, heldout: UnitStats | Non
     """UnitMem by block: for every ranked segment a box per block (quartiles, 5-95 % whiskers) and its top 1 % as dots.
 
     Where there is a held-out set its medians and 95th percentiles are drawn over it. The largest response, and with it
-    UnitMem, grows with the number of images, so the first fold of the training set, a quarter of it, is drawn likewise.
+    UnitMem, grows with the number of images, so the training images that match that set are drawn likewise.
     """
     segments = ranked_segments(stats)
     layers = stats.shape[0]
     figure = Figure(figsize=(max(6.0, 1.6 + 0.42 * layers), 0.8 + 2.9 * len(segments)), layout="constrained")
     axes = figure.subplots(len(segments), 1, sharex=True, squeeze=False)[:, 0]
     scores = stats.unitmem().numpy()
-    controls = [] if heldout is None else [(stats.folds[0], FOLD, "training, one fold"), (heldout, HELDOUT, "held-out")]
+    matched = heldout and find_matched(stats, heldout)
+    controls = [] if matched is None else [(matched, FOLD, "training, matched"), (heldout, HELDOUT, "held-out")]
     for axis, segment in zip(axes, segments, strict=True):
         _draw_boxes(axis, scores[:, segment])
         for control, colour, _ in controls:
@@ -53,6 +56,49 @@ def draw_unitmem_by_block(path: Path, stats: UnitStats, heldout: UnitStats | Non
         for control, colour, name in controls
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+    _save(figure, path)
+
+
+def draw_train_against_heldout(
+    path: Path, stats: UnitStats, heldout: UnitStats, gap: Gap, rate: float, title: str
+) -> None:
+    """UnitMem on training against UnitMem on held-out images of a matched set: one panel per ranked segment.
+
+    The shade counts units; those that stand out at the false-discovery rate ``rate`` are circled.
+    """
+    segments = ranked_segments(stats)
+    columns = min(4, len(segments))
+    rows = -(-len(segments) // columns)
+    figure = Figure(figsize=(0.6 + 3.4 * columns, 1.1 + 3.4 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
+    train = matched_to(stats, heldout).unitmem().numpy()
+    other = heldout.unitmem().numpy()
+    for axis, segment in zip(axes.flat, segments, strict=False):
+        x, y = other[:, segment].ravel(), train[:, segment].ravel()
+        axis.hexbin(x, y, gridsize=50, extent=(0, 1, 0, 1), bins="log", cmap="Blues", mincnt=1, linewidths=0)
+        called = (gap.q_value[:, segment] <= rate).numpy().ravel()
+        axis.plot(x[called], y[called], "o", markerfacecolor="none", color=HELDOUT, markersize=4, markeredgewidth=0.8)
+        axis.plot([0, 1], [0, 1], color=INK, linewidth=0.8, linestyle="--")
+        mean, low, high = (float(v[segment]) for v in (gap.mean, gap.mean_low, gap.mean_high))
+        axis.set_title(
+            f"{stats.segments[segment]}: {np.mean(y > x):.0%} of units above the line\nmean gap over folds {mean:+.3f} "
+            f"({low:+.3f} to {high:+.3f})",
+            fontsize=8,
+            color=INK,
+        )
+        axis.set(xlim=(0, 1), ylim=(0, 1), aspect="equal")
+        axis.spines[["top", "right"]].set_visible(False)
+    for axis in axes.flat[len(segments) :]:
+        axis.set_axis_off()
+    figure.supxlabel("UnitMem on held-out images", fontsize=9)
+    figure.supylabel("UnitMem on training images", fontsize=9)
+    called = int((gap.q_value <= rate).sum())
+    figure.suptitle(
+        f"{title}: {gap.images:,} matched images each; {called:,} units stand out\nat a false-discovery rate of "
+        f"{rate:.0%}",
+        fontsize=10,
+        color=INK,
+    )
     _save(figure, path)
 
 

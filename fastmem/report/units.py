@@ -11,6 +11,8 @@ from torch import Tensor
 
 from fastmem.data.manifest import Manifest
 from fastmem.files import write_atomically
+from fastmem.scoring.gap import Gap
+from fastmem.scoring.selection import highest, ranked_segments
 from fastmem.stats import UnitStats
 
 
@@ -27,11 +29,6 @@ class TopUnit:
     responses: tuple[float, ...]
 
 
-def ranked_segments(stats: UnitStats) -> list[int]:
-    """Positions of the segments that enter a ranking: all but the class-only ones."""
-    return [i for i, name in enumerate(stats.segments) if name not in stats.class_only]
-
-
 def top_units(stats: UnitStats, count: int) -> list[TopUnit]:
     """The units of highest UnitMem, merged over segments by the maximum; ties by (layer, unit)."""
     segments = ranked_segments(stats)
@@ -39,10 +36,9 @@ def top_units(stats: UnitStats, count: int) -> list[TopUnit]:
         return []
     best, which = stats.unitmem()[:, segments].max(1)
     selectivity = stats.class_selectivity()
-    units = best.shape[1]
-    order = best.flatten().argsort(stable=True, descending=True)[:count].tolist()
     found = []
-    for layer, unit in (divmod(i, units) for i in order):
+    layer_of, unit_of = highest(best, min(1.0, count / best.numel()), "global")
+    for layer, unit in zip(layer_of.tolist(), unit_of.tolist(), strict=True):
         segment = segments[int(which[layer, unit])]
         kept = stats.top_image[layer, segment, unit] >= 0
         found.append(
@@ -64,7 +60,9 @@ def names_by_id(manifest: Manifest) -> dict[int, str]:
     return dict(zip(manifest.ids.tolist(), manifest.names.tolist(), strict=True))
 
 
-def write_unit_table(path: Path, stats: UnitStats, heldout: UnitStats | None, manifest: Manifest) -> None:
+def write_unit_table(
+    path: Path, stats: UnitStats, heldout: UnitStats | None, manifest: Manifest, gap: Gap | None = None
+) -> None:
     """Write one row per (layer, segment, unit) with scores, moments and the largest images, whole or not at all."""
     import pyarrow
     from pyarrow import parquet
@@ -94,5 +92,9 @@ def write_unit_table(path: Path, stats: UnitStats, heldout: UnitStats | None, ma
     if heldout is not None:
         columns["heldout_unitmem"] = flat(heldout.unitmem())
         columns["heldout_mean"] = flat(heldout.mean)
+    if gap is not None:
+        columns["gap"] = flat(gap.value)
+        named = {"fold_mean": gap.fold_value, "low": gap.low, "high": gap.high, "p": gap.p_value, "q": gap.q_value}
+        columns |= {f"gap_{name}": flat(values) for name, values in named.items()}
     table = pyarrow.table(columns)
     write_atomically(path, lambda partial: parquet.write_table(table, partial))

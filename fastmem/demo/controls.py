@@ -1,0 +1,126 @@
+"""The controls on the embedded model: what images of each dose own, and how well a loss tells them from others."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from fastmem.data.manifest import Manifest
+from fastmem.demo.doses import groups
+from fastmem.demo.memorisation import DOSE_FILE
+from fastmem.report.markdown import markdown_table
+from fastmem.scoring import ScoreResult
+from fastmem.scoring.membership import Membership, membership
+from fastmem.scoring.ownership import GroupShare, group_shares, owned_units, owners, pooled_owned
+from fastmem.scoring.selection import select
+
+FRACTION = 0.05
+HELDOUT = "held-out"
+TITLES = {
+    "unitmem": "UnitMem",
+    "within-class": "within-class UnitMem",
+    "gap": "gap (matched sets)",
+    "pooled": "UnitMem over training and held-out images together (matched sets)",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Doses:
+    """The group of every training image of a run, in manifest order: its dose, or "twins"."""
+
+    groups: tuple[str, ...]
+
+    @classmethod
+    def of(cls, manifest: Manifest, doses: Mapping[str, int] | None = None) -> Doses:
+        """Groups of the images of ``manifest``; doses: shows per epoch by name, the shipped list when None."""
+        doses = json.loads(DOSE_FILE.read_text()) if doses is None else doses
+        group_of = {name: group for group, names in groups(doses).items() for name in names}
+        return cls(tuple(group_of[name] for name in manifest.names.tolist()))
+
+
+def ownership(result: ScoreResult, manifests: Mapping[str, Manifest], doses: Doses) -> dict[str, list[GroupShare]]:
+    """For each ranking, what the images of each dose own of the top 5 % of units.
+
+    "gap" and "pooled" are over the training images that match the held-out set, "pooled" with the held-out images
+    beside them. manifests: of the sets "train" and "heldout".
+    """
+    stats, heldout = result.train, result.heldout
+    train_ids, heldout_ids = manifests["train"].ids, manifests["heldout"].ids
+    group = np.array(doses.groups)
+    mask, _ = manifests["train"].match(manifests["heldout"], stats.origin["seed"])
+    found = {}
+    for by in ("unitmem", "within-class", "gap"):
+        owned = owned_units(train_ids, owners(stats, select(stats, FRACTION, by, heldout=heldout), heldout))
+        rows = mask if by == "gap" else np.ones(len(group), dtype=bool)
+        found[by] = _in_order(group_shares(owned[rows], group[rows].tolist()))
+    mine, theirs = pooled_owned(stats, heldout, train_ids, heldout_ids, FRACTION)
+    owned = np.concatenate([mine[mask], theirs])
+    found["pooled"] = _in_order(group_shares(owned, [*group[mask].tolist(), *[HELDOUT] * len(theirs)]))
+    return found
+
+
+def _in_order(shares: list[GroupShare]) -> list[GroupShare]:
+    def place(row: GroupShare) -> tuple[bool, bool, int]:
+        return row.group == HELDOUT, row.group == "twins", int(row.group) if row.group.isdecimal() else 0
+
+    return sorted(shares, key=place)
+
+
+def membership_by_dose(result: ScoreResult, doses: Doses) -> dict[str, dict[str, Membership]]:
+    """For every group, membership inference against all held-out images: by "loss", and "guided" where it was kept.
+
+    guided: the loss without a class minus the loss with it.
+    """
+    train, heldout = result.train_losses, result.heldout_losses
+    scores = {"loss": (-train.loss, -heldout.loss)}
+    if train.guided is not None:
+        scores["guided"] = (train.guided, heldout.guided)
+    group = np.array(doses.groups)
+    names = sorted(set(doses.groups), key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0))
+    return {
+        name: {by: membership(members[group == name], others) for by, (members, others) in scores.items()}
+        for name in names
+    }
+
+
+def format_ownership(found: Mapping[str, list[GroupShare]]) -> str:
+    """A Markdown table for each ranking."""
+    head = ("shown per epoch", "images", "own a top unit", "share of top units", "95 %", "chance", "95 % of chance")
+    parts = []
+    for by, rows in found.items():
+        body = [
+            (
+                r.group,
+                str(r.images),
+                str(r.owning),
+                f"{r.share:.1%}",
+                f"{r.low:.1%} to {r.high:.1%}",
+                f"{r.chance:.1%}",
+                f"{r.chance_low:.1%} to {r.chance_high:.1%}",
+            )
+            for r in rows
+        ]
+        parts.append(f"Top {FRACTION:.0%} of units by {TITLES[by]}:\n\n{markdown_table(head, body)}")
+    return "\n\n".join(parts)
+
+
+def format_membership(found: Mapping[str, Mapping[str, Membership]]) -> str:
+    """A Markdown table with a row for every group."""
+    scores = list(next(iter(found.values())))
+    names = {"loss": "loss", "guided": "loss without a class - with it"}
+    head = ["shown per epoch", "images"]
+    for by in scores:
+        head += [f"AUC, {names[by]}", "found at 1 % false alarms"]
+    body = []
+    for group, rows in found.items():
+        cells = [group, str(rows["loss"].members)]
+        for m in (rows[by] for by in scores):
+            cells += [
+                f"{m.auc:.2f} ({m.auc_low:.2f} to {m.auc_high:.2f})",
+                f"{m.tpr:.0%} ({m.tpr_low:.0%} to {m.tpr_high:.0%})",
+            ]
+        body.append(cells)
+    return markdown_table(head, body)

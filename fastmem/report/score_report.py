@@ -1,0 +1,160 @@
+"""What a scoring run leaves besides its statistics: tables, pictures, and the document that ``--json`` prints."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from fastmem.data.manifest import Manifest
+from fastmem.data.sources import ImageSource
+from fastmem.files import write_json
+from fastmem.models.model import Model
+from fastmem.report.images import write_image_table
+from fastmem.report.units import TopUnit, names_by_id, top_units, write_unit_table
+from fastmem.runs import RESULT_SCHEMA, RunFolder
+from fastmem.scoring import ScoreResult
+from fastmem.scoring.gap import Gap, gap
+from fastmem.scoring.membership import Membership, membership
+from fastmem.scoring.ownership import owned_units, owners
+from fastmem.scoring.reliability import Reliability, reliability
+from fastmem.scoring.selection import find_matched, select
+from fastmem.stats import UnitStats
+
+SHEET_UNITS = 16
+FRACTION = 0.05
+FALSE_DISCOVERIES = 0.05
+RANKINGS = ("unitmem", "within-class", "gap")
+
+
+@dataclass(frozen=True, eq=False)
+class ScoreFindings:
+    """What was found besides the statistics: the highest units, and the controls.
+
+    reliability: by ranking; gap: None without held-out images; membership: by score, empty where no losses were kept;
+    owned: units of the top 5 % that each training image owns, int64 [N] in manifest order, by ranking.
+    """
+
+    top: tuple[TopUnit, ...]
+    reliability: dict[str, Reliability]
+    gap: Gap | None
+    membership: dict[str, Membership]
+    owned: dict[str, np.ndarray]
+
+
+def find(result: ScoreResult, manifest: Manifest) -> ScoreFindings:
+    """Rankings, their reliability and owners, the gap to the held-out set, and membership inference.
+
+    manifest: of the training images.
+    """
+    stats, heldout = result.train, result.heldout
+    top = top_units(stats, SHEET_UNITS)
+    found_gap = None
+    # damaged files can leave the two sets unlike
+    if heldout is not None and heldout.count and top and find_matched(stats, heldout) is not None:
+        found_gap = gap(stats, heldout)
+    rankings = [by for by in RANKINGS if top and _can_rank(by, stats, found_gap)]
+    reliabilities = {by: reliability(stats, FRACTION, by, heldout=heldout) for by in rankings}
+    owned = {
+        by: owned_units(manifest.ids, owners(stats, select(stats, FRACTION, by, heldout=heldout), heldout))
+        for by in rankings
+    }
+    kept = {by: found for by, found in reliabilities.items() if found is not None}
+    return ScoreFindings(tuple(top), kept, found_gap, find_membership(result), owned)
+
+
+def _can_rank(by: str, stats: UnitStats, found_gap: Gap | None) -> bool:
+    if by == "gap":
+        return found_gap is not None
+    # merged runs may have neither class rows nor their summary
+    return by != "within-class" or stats.known_summary is not None or stats.rows is not None
+
+
+def find_membership(result: ScoreResult) -> dict[str, Membership]:
+    """Membership inference by the loss, and by what the class label gains where it is known; empty without losses."""
+    train, heldout = result.train_losses, result.heldout_losses
+    if train is None or heldout is None or not result.heldout.count or not result.train.count:
+        return {}
+    found = {"loss": membership(-train.loss, -heldout.loss)}
+    if train.guided is not None:
+        found["guided"] = membership(train.guided, heldout.guided)
+    return found
+
+
+def write_report(
+    model: Model, source: ImageSource, folder: RunFolder, result: ScoreResult, views: int | str
+) -> tuple[dict[str, Any], ScoreFindings]:
+    """Write tables, pictures and result.json; returns the document and what was found.
+
+    Raises: UsageError where the folder cannot be written.
+    """
+    # drawing loads matplotlib, which the pass does not need
+    from fastmem.report.pictures import draw_contact_sheet, draw_train_against_heldout, draw_unitmem_by_block
+
+    stats, heldout, path = result.train, result.heldout, folder.path
+    splits = ["train"] if heldout is None else ["train", "heldout"]
+    manifests = {split: Manifest.load(folder.manifest_file(split)) for split in splits}
+    found = find(result, manifests["train"])
+    tables = [path / "units.parquet", path / "images.parquet"]
+    write_unit_table(tables[0], stats, heldout, manifests["train"], found.gap)
+    losses = {"train": result.train_losses, "heldout": result.heldout_losses}
+    write_image_table(tables[1], manifests, losses, found.owned)
+    pictures = []
+    if found.top:
+        pictures = [path / "unitmem-by-block.png", path / "top-images.png"]
+        draw_unitmem_by_block(pictures[0], stats, heldout, model.name)
+        title = f"{model.name}: the images behind the {len(found.top)} units of highest UnitMem"
+        draw_contact_sheet(pictures[1], found.top, source, names_by_id(manifests["train"]), title)
+    if found.gap is not None:
+        pictures.append(path / "train-against-heldout.png")
+        draw_train_against_heldout(pictures[-1], stats, heldout, found.gap, FALSE_DISCOVERIES, model.name)
+    document = {
+        "run": str(path),
+        "model": model.name,
+        "backend": result.backend,
+        "device": result.device,
+        "images": stats.count,
+        "heldout_images": heldout.count if heldout else 0,
+        "views": views,
+        "layers": stats.shape[0],
+        "segments": list(stats.segments),
+        "units": stats.shape[2],
+        "seconds": round(result.seconds, 3),
+        "images_per_second": round(result.images_per_second, 3),
+        "skipped": len(result.skipped),
+        "skipped_images": [{"name": s.name, "reason": s.reason} for s in result.skipped],
+        "reliability": {by: _numbers(asdict(r)) for by, r in found.reliability.items()},
+        "gap": None if found.gap is None else gap_document(found.gap, stats),
+        "membership": {by: m.document() for by, m in found.membership.items()},
+        "tables": [str(table) for table in tables],
+        "pictures": [str(picture) for picture in pictures],
+    }
+    write_json(folder.result_file, {"schema": RESULT_SCHEMA} | document)
+    return document, found
+
+
+def gap_document(found: Gap, stats: UnitStats) -> dict[str, Any]:
+    """The gap for a JSON document: mean over units with its interval by segment, and how many units stand out."""
+    ranked = [name for name in stats.segments if name not in stats.class_only]
+    return {
+        "images": found.images,
+        "mean": {
+            name: {
+                "mean": round(float(found.mean[i]), 6),
+                "low": round(float(found.mean_low[i]), 6),
+                "high": round(float(found.mean_high[i]), 6),
+            }
+            for i, name in enumerate(stats.segments)
+            if name in ranked
+        },
+        "called": int((found.q_value <= FALSE_DISCOVERIES).sum()),
+        "tested": len(ranked) * stats.shape[0] * stats.shape[2],
+        "false_discovery_rate": FALSE_DISCOVERIES,
+    }
+
+
+def _numbers(values: dict[str, Any]) -> dict[str, Any]:
+    # JSON has no NaN
+    return {key: None if isinstance(v, float) and math.isnan(v) else v for key, v in values.items()}
