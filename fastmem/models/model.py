@@ -54,6 +54,8 @@ class Model(ABC):
 
     generator_class: ClassVar[type[nn.Module]]
     tokenizer_class: ClassVar[type[nn.Module]]
+    # of a model that no registry row describes: plain sampling, no guidance
+    plain_preset: ClassVar[Preset] = Preset()
 
     def __init__(
         self, generator: nn.Module, tokenizer: nn.Module, preset: Preset, prefixes: Sequence[int] | None = None
@@ -104,6 +106,15 @@ class Model(ABC):
     @abstractmethod
     def scaled_prefixes(self) -> tuple[int, ...]:
         """The published prefix ladder at the same shares of this model's tokens."""
+
+    @property
+    def prefix_lengths(self) -> Sequence[int]:
+        """Every length, in tokens, that a prefix may have, in rising order."""
+        return range(self.num_tokens + 1)
+
+    def forward_logits(self, tokens: Tensor, labels: Tensor) -> Tensor:
+        """``logits`` of checked arguments on the model's device, with gradients; the label -1 stands for no class."""
+        return self.generator(tokens, labels)
 
     @abstractmethod
     def _responses(self, tokens: Tensor, labels: Tensor, spans: Sequence[tuple[int, int]], backend: Backend) -> Tensor:
@@ -172,7 +183,7 @@ class Model(ABC):
 
         Position t predicts token t. Raises: UsageError for other shapes, tokens or labels out of range.
         """
-        return self.generator(self._check_tokens(tokens), self._check_labels(labels, len(tokens)))
+        return self.forward_logits(self._check_tokens(tokens), self._check_labels(labels, len(tokens)))
 
     def candidate_scores(self, tokens: Tensor, labels: Tensor) -> Tensor:
         """Share of hits over the candidate positions, float32 [N]: where the arg max of the logits is the true token.
@@ -214,7 +225,8 @@ class Model(ABC):
         labels: int64 [N]; prefix: int64 [N,P] with P >= 0, or N rows of different length; greedy: arg max of the
         conditional branch, no guidance; else sampled by ``preset`` (the model's own when None) with ``generator``.
 
-        Raises: UsageError for a preset with greedy, other shapes, prefixes longer than T, values out of range.
+        Raises: UsageError for a preset with greedy, other shapes, prefixes longer than T or of a length that is not
+        among ``prefix_lengths``, values out of range.
         """
         if greedy and preset is not None:
             raise UsageError("expected no preset with greedy=True, got one: drop it, or pass greedy=False to sample")
@@ -224,6 +236,12 @@ class Model(ABC):
         if len(rows) and int(lengths.max()) > self.num_tokens:
             raise UsageError(
                 f"expected prefixes of at most {self.num_tokens} tokens, got one of {int(lengths.max())}: shorten it"
+            )
+        unfit = [length for length in lengths.tolist() if length not in self.prefix_lengths]
+        if unfit:
+            raise UsageError(
+                f"expected prefixes of {', '.join(map(str, self.prefix_lengths))} tokens, got one of {unfit[0]}: "
+                "end it at one of these"
             )
         tokens = torch.zeros(len(rows), self.num_tokens, dtype=torch.int64, device=self.device)
         for row, given in zip(tokens, rows, strict=True):
