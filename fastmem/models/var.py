@@ -157,7 +157,7 @@ class VAR(nn.Module):
         width, total = config.width, self.bounds[-1]
         self.pos_start = nn.Parameter(torch.empty(1, self.bounds[1], width))
         self.pos_1LC = nn.Parameter(torch.empty(1, total, width))
-        levels = torch.repeat_interleave(torch.arange(len(config.patch_nums)), torch.tensor(config.patch_nums) ** 2)
+        levels = torch.cat([torch.full((size**2,), k) for k, size in enumerate(config.patch_nums)])
         self.register_buffer("lvl_1L", levels[None])
         # part of the format; the pass goes by scales and needs no mask
         mask = torch.zeros(total, total).masked_fill(levels[:, None] < levels, -torch.inf)
@@ -352,6 +352,8 @@ class VARModel(Model):
     ) -> Tensor:
         network, quantize, last = self.generator, self.tokenizer.quantize, len(self.bounds) - 2
         done = self.bounds.index(int(lengths.min()))
+        if done > last:
+            return tokens
         guided = preset is not None and preset.guidance != 0
         # with guidance every row runs twice: under its label, then without a class
         branches = torch.cat([labels, torch.full_like(labels, NO_CLASS)]) if guided else labels
