@@ -168,7 +168,11 @@ class MaskGITVQGAN(nn.Module):
 
     def encode(self, images: Tensor) -> Tensor:
         """Tokens of pictures: float32 [N,3,R,R] in [0,1] -> int64 [N,G*G]."""
-        return self.quantize(self.encoder(images))
+        return self.quantize(self.latents(images))
+
+    def latents(self, images: Tensor) -> Tensor:
+        """Latents of pictures before quantisation: float32 [N,3,R,R] in [0,1] -> [N,Z,G,G]."""
+        return self.encoder(images)
 
     def decode(self, tokens: Tensor) -> Tensor:
         """Pictures of tokens: int64 [N,G*G] -> float32 [N,3,R,R], clamped to [0,1]."""
@@ -178,4 +182,8 @@ class MaskGITVQGAN(nn.Module):
         """As ``decode``, unclamped, for training."""
         grid = self.config.grid
         z = self.quantize.embedding(tokens).view(-1, grid, grid, self.config.z_channels).permute(0, 3, 1, 2)
-        return self.decoder(z)
+        return self.draw_latents(z)
+
+    def draw_latents(self, latents: Tensor) -> Tensor:
+        """Pictures of latents: float32 [N,Z,G,G] -> [N,3,R,R], unclamped, 0..1 for pixels."""
+        return self.decoder(latents)

@@ -167,7 +167,7 @@ _ROWS = (
             "patch_nums": _TINY_PATCH_NUMS,
             "codebook_size": 512,
             "latent_channels": 16,
-            "channel_mult": (1, 1, 2, 4),
+            "channel_mult": (1, 1, 2, 3),
             "num_res_blocks": 1,
         },
         generator_file=OfficialFile("var_tiny.safetensors"),

@@ -95,6 +95,8 @@ class Attention(nn.Module):
         q, k, v = qkv.view(n, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
         q = functional.normalize(q, dim=-1) * self.scale_mul_1H11.clamp_max(MAX_LOG_SCALE).exp()
         k = functional.normalize(k, dim=-1)
+        # under autocast a norm is float32
+        q, k = q.to(v.dtype), k.to(v.dtype)
         first = scales[0][0]
         if cache is not None:
             k, v = cache.extend(layer, k, v)

@@ -229,6 +229,7 @@ class MultiScaleQuantizer(nn.Module):
         self.register_buffer("ema_vocab_hit_SV", torch.zeros(len(config.patch_nums), config.codebook_size))
         self.quant_resi = Refiners(config.latent_channels)
         self.embedding = nn.Embedding(config.codebook_size, config.latent_channels)
+        nn.init.uniform_(self.embedding.weight, -1 / config.codebook_size, 1 / config.codebook_size)
 
     def spread(self, tokens: Tensor, scale: int) -> Tensor:
         """What one scale adds to the latents: its tokens int64 [N, n*n] -> [N,Z,G,G]."""
