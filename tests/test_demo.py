@@ -110,18 +110,22 @@ def test_training_resumes_to_the_same_weights(tmp_path, monkeypatch):
 
 
 RATES = {
-    "warm-up": (loop.Limits(1000), 0, 0, 0.01),
-    "half way": (loop.Limits(1000), 500, 1e9, 0.5),
-    "end": (loop.Limits(1000), 1000, 0, 0.0),
+    "first step": (loop.Limits(1000), 0, 0, 0.01),
+    "end of the warm-up": (loop.Limits(1000), 99, 0, 1.0),
+    "half way after it": (loop.Limits(1000), 550, 1e9, 0.5),
+    "last step": (loop.Limits(1000), 999, 0, 0.0),
     "half of the time": (loop.Limits(10_000, minutes=2), 500, 60, 0.5),
-    "no time left": (loop.Limits(10_000, minutes=2), 500, 121, 0.0),
-    "steps end first": (loop.Limits(1000, minutes=2), 500, 1, 0.5),
+    "no time left": (loop.Limits(10_000, minutes=2), 500, 119.9, 0.0),
+    "steps end first": (loop.Limits(1000, minutes=2), 550, 1, 0.5),
 }
 
 
 @pytest.mark.parametrize(("limits", "step", "seconds", "expected"), RATES.values(), ids=RATES)
 def test_the_learning_rate_ends_at_zero_with_the_steps_or_the_minutes(limits, step, seconds, expected):
     assert loop.cosine_rate(step, limits.share(step, seconds)) == pytest.approx(expected, abs=1e-4)
+    assert not limits.reached(step, seconds)
+    assert limits.reached(limits.steps, 0)
+    assert limits.minutes == np.inf or limits.reached(0, 60 * limits.minutes)
 
 
 def test_steps_follow_each_other_through_the_epochs():

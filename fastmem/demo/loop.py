@@ -24,21 +24,26 @@ PRINT_EVERY = 50
 class Limits:
     """When training ends: after ``steps``, or where ``minutes`` are given after these, whichever comes first.
 
-    The learning rate falls with the larger of both shares, so it ends at zero either way; only without ``minutes`` does
-    it depend on the step alone.
+    The learning rate falls with the larger share of the two, so it ends near zero either way; only without ``minutes``
+    does it depend on the step alone.
     """
 
     steps: int
     minutes: float = math.inf
 
+    def reached(self, step: int, seconds: float) -> bool:
+        """Whether training ends before ``step``, after ``seconds``."""
+        return step >= self.steps or seconds >= 60 * self.minutes
+
     def share(self, step: int, seconds: float) -> float:
-        """Share of the training that is behind, 0..1 and above, before ``step`` and after ``seconds``."""
-        return max(step / self.steps, seconds / (60 * self.minutes))
+        """Share of the time after the warm-up that is behind, 0..1, before ``step`` and after ``seconds``."""
+        of_steps = max(0, step - WARM_UP) / max(1, self.steps - WARM_UP)
+        return min(1.0, max(of_steps, seconds / (60 * self.minutes)))
 
 
 def cosine_rate(step: int, share: float) -> float:
     """Share of the peak learning rate: linear warm-up over the first steps, then half a cosine down to zero."""
-    return min(1.0, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
+    return min(1.0, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * share))
 
 
 def step_generator(step: int) -> torch.Generator:
@@ -66,9 +71,9 @@ class Loop:
         step, before = self._restore()
         first, started = step, time.monotonic()
         saved, running = started, None
-        while (share := self.limits.share(step, seconds := before + time.monotonic() - started)) < 1:
+        while not self.limits.reached(step, seconds := before + time.monotonic() - started):
             for group in self.optimizer.param_groups:
-                group["lr"] = self.rate * cosine_rate(step, share)
+                group["lr"] = self.rate * cosine_rate(step, self.limits.share(step, seconds))
             self.optimizer.zero_grad(set_to_none=True)
             loss = self.step_loss(step)
             loss.backward()

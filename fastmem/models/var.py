@@ -334,7 +334,9 @@ class VARModel(Model):
         return tuple(dict.fromkeys(min(self.bounds, key=lambda end: abs(end - share)) for share in shares))
 
     def forward_logits(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        inputs = self.tokenizer.quantize.inputs(tokens, len(self.bounds) - 1)
+        # the tokenizer stays float32 also where a training runs the generator in half precision
+        with torch.autocast(tokens.device.type, enabled=False):
+            inputs = self.tokenizer.quantize.inputs(tokens, len(self.bounds) - 1)
         return self.generator(inputs, labels)
 
     def _responses(self, tokens: Tensor, labels: Tensor, spans: Sequence[tuple[int, int]], backend: Backend) -> Tensor:
