@@ -121,8 +121,8 @@ class Mixer(nn.Module):
 class MixerModel(Model):
     generator_class, tokenizer_class = Mixer, Quarters
     image_size, num_tokens, num_layers, num_units, vocabulary = 16, 4, 1, 10, 8
-    all_segments = (Segment("first", 0, 1, class_only=True), Segment("later", 1, 4))
-    segments = ("first", "later")
+    all_segments = (Segment("first", 0, 1, class_only=True), Segment("middle", 1, 2), Segment("later", 2, 4))
+    segments = ("first", "middle", "later")
     candidate_positions = (2, 4)
 
     def __init__(self, generator, tokenizer, preset, prefixes=None):
@@ -198,8 +198,9 @@ def test_a_third_family_is_one_file_and_one_row(outside_package, capsys):
     document = json.loads(capsys.readouterr().out)
     assert caught.value.code == 0
     assert (document["model"], document["images"], document["layers"], document["units"]) == ("mixer-1", 9, 1, 10)
-    assert document["segments"] == ["first", "later"]
-    assert len(document["pictures"]) == 2
+    assert document["segments"] == ["first", "middle", "later"]
+    names = ["unitmem-by-block.png", "top-images.png", "unitmem-by-segment.png"]
+    assert [Path(picture).name for picture in document["pictures"]] == names
     stats = fastmem.UnitStats.load(outside_package / "run" / "train.safetensors")
     assert stats.class_only == ("first",)
     assert float(stats.unitmem()[:, 1].max()) > 0

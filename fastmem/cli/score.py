@@ -22,6 +22,8 @@ from fastmem.runs import RESULT_SCHEMA, RunFolder, default_folder
 from fastmem.scoring import ScoreResult, score
 
 SHEET_UNITS = 16
+# fewer segments are compared more easily in the picture by block
+HEATMAP_SEGMENTS = 3
 PRINTED_UNITS = 10
 
 
@@ -138,6 +140,7 @@ def finish(
     Raises: InputFileError where not one image could be read.
     """
     # drawing loads matplotlib, which the pass does not need
+    from fastmem.report.heatmap import draw_unitmem_heatmap
     from fastmem.report.pictures import draw_contact_sheet, draw_unitmem_by_block
 
     stats = result.train
@@ -157,6 +160,10 @@ def finish(
         title = f"{model.name}: the images behind the {len(ranked)} units of highest UnitMem"
         draw_contact_sheet(sheet, ranked, source, names_by_id(manifest), title)
         pictures = [str(blocks), str(sheet)]
+        if len(stats.segments) >= HEATMAP_SEGMENTS:
+            heatmap = folder.path / "unitmem-by-segment.png"
+            draw_unitmem_heatmap(heatmap, stats, result.heldout, model.name)
+            pictures.append(str(heatmap))
     document = {
         "run": str(folder.path),
         "model": model.name,
