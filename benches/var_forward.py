@@ -11,6 +11,8 @@ Prints the median of the rounds' ratios with a 95 % bootstrap interval, adds a r
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from pairs import median_ratio, time_rounds
 from rows import append_row
@@ -46,7 +48,7 @@ def plain_pass(network: VAR, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Te
         x = x + attn.proj(out.transpose(1, 2).reshape(n, length, width)).mul_(gamma1)
         h = functional.layer_norm(x, (width,), eps=1e-6).mul(scale2.add(1)).add_(shift2)
         hidden = functional.gelu(ffn.fc1(h), approximate="tanh")
-        found.append(torch.stack([hidden[:, a:b].abs().mean(1) for a, b in network.scales(0, 10)], dim=1))
+        found.append(torch.stack([hidden[:, a:b].abs().mean(1) for a, b in pairwise(network.bounds)], dim=1))
         x = x + ffn.fc2(hidden).mul(gamma2)
     scale, shift = network.head_nm.ada_lin[1](functional.silu(c)).view(n, 1, 2, width).unbind(2)
     logits = network.head(functional.layer_norm(x, (width,), eps=1e-6).mul(scale.add(1)).add_(shift))
@@ -56,10 +58,12 @@ def plain_pass(network: VAR, inputs: Tensor, labels: Tensor) -> tuple[Tensor, Te
 @torch.inference_mode()
 def products_alone(network: VAR, x: Tensor, hidden: Tensor, q: Tensor) -> None:
     """The matrix products and attentions of our pass, at their shapes, on inputs that lie ready."""
+    groups = network.groups(0, 10)
     for i, block in enumerate(network.blocks):
         functional.linear(x, block.attn.mat_qkv.weight)
-        for start, stop in network.scales(0, 10):
-            functional.scaled_dot_product_attention(q[:, :, start:stop], q[:, :, :stop], q[:, :, :stop], scale=1.0)
+        for g in groups:
+            keys = q[:, :, : g.stop]
+            functional.scaled_dot_product_attention(q[:, :, g.start : g.stop], keys, keys, g.mask, scale=1.0)
         functional.linear(x, block.attn.proj.weight)
         functional.linear(x, block.ffn.fc1.weight)
         if i + 1 < len(network.blocks):
@@ -84,7 +88,7 @@ def main() -> None:
     network = VAR(VARConfig(depth=BLOCKS, hidden_size=WIDTH, num_heads=HEADS)).eval().requires_grad_(False)
     length, backend = network.bounds[-1], choose_backend("auto", torch.device("cpu"))
     inputs, labels = torch.randn(VIEWS, length - 1, 32), torch.full((VIEWS,), 7)
-    spans = network.scales(0, 10)
+    spans = list(pairwise(network.bounds))
 
     @torch.inference_mode()
     def our_pass() -> Tensor:

@@ -10,6 +10,7 @@ from conftest import GOLDEN, build_case, int64
 from fastmem import UsageError, assemble, responses, score
 from fastmem.data.sources import ArraySource
 from fastmem.data.views import CenterCrop, RandomCrops
+from fastmem.models import var
 from fastmem.models.checkpoints import build_networks
 from fastmem.models.model import Model
 from fastmem.models.registry import Preset, find_entry
@@ -58,11 +59,12 @@ def test_a_scale_sees_itself_and_coarser_ones_and_nothing_finer(small_var, token
     assert not torch.isclose(before[:, 14:], after[:, 14:], atol=1e-4).all()
 
 
-def test_a_full_mask_gives_the_same_pass(small_var, tokens):
+@pytest.mark.parametrize("together", [1, 6, 14, 128], ids=lambda n: f"up to {n} positions a call")
+def test_a_full_mask_gives_the_same_pass(small_var, tokens, together, monkeypatch):
     """The literal form: one attention over all positions with the additive mask of the checkpoint."""
-    from fastmem.models import var
+    monkeypatch.setattr(var, "MASKED_POSITIONS", together)
 
-    def masked(self, x, scales, cache=None, layer=0):
+    def masked(self, x, groups, cache=None, layer=0):
         n, length, width = x.shape
         bias = torch.cat([self.q_bias, self.zero_k_bias, self.v_bias])
         qkv = torch.nn.functional.linear(x, self.mat_qkv.weight, bias).view(n, length, 3, self.heads, -1)
@@ -75,6 +77,15 @@ def test_a_full_mask_gives_the_same_pass(small_var, tokens):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(var.Attention, "forward", masked)
         torch.testing.assert_close(small_var.logits(tokens, LABELS), expected, atol=1e-5, rtol=0)
+
+
+def test_large_scales_are_attended_alone_and_small_ones_together():
+    with torch.device("meta"):
+        network = VAR(VARConfig(depth=1))
+    groups = network.groups(0, 10)
+    assert [(g.start, g.stop) for g in groups] == [(0, 91), (91, 155), (155, 255), (255, 424), (424, 680)]
+    assert [g.mask is None for g in groups] == [False, True, True, True, True]
+    assert [(g.start, g.stop) for g in network.groups(7, 8)] == [(155, 255)]
 
 
 def test_labels_are_never_dropped_in_training_mode_either(small_var, tokens):

@@ -2,7 +2,7 @@
 
 State-dict names and shapes equal those of ``var_d16.pth`` ... ``var_d30.pth``. Position t of the sequence predicts
 token t; its input is what the coarser scales amount to at its scale's size, and at the first scale the class. A
-position sees its own scale and all coarser ones, so a scale's queries need no mask over the keys up to its end.
+position sees its own scale and all coarser ones, so a large scale's queries need no mask over the keys up to its end.
 
 Source: VAR (arXiv 2404.02905); FoundationVision/VAR ``models/var.py``, ``basic_var.py`` and ``helpers.py``.
 """
@@ -32,8 +32,23 @@ RESIZE = 1.125
 # the learned factor on the queries is an exponential, bounded as the original bounds it
 MAX_LOG_SCALE = math.log(100)
 
-# (start, stop) positions of scales
+# scales are attended together, with a mask, while they have no more positions than this: so few that the products that a
+# mask throws away cost less than a call
+MASKED_POSITIONS = 128
+
 Spans = Sequence[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Whole scales that are attended in one call: the queries at start..stop-1 over the keys up to ``stop``.
+
+    mask: bool [stop - start, stop], True where a key is seen; None for a single scale, which sees them all.
+    """
+
+    start: int
+    stop: int
+    mask: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -88,25 +103,30 @@ class Attention(nn.Module):
         self.register_buffer("zero_k_bias", torch.zeros(width))
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, scales: Spans, cache: Cache | None = None, layer: int = 0) -> Tensor:
+    def forward(self, x: Tensor, groups: Sequence[Group], cache: Cache | None = None, layer: int = 0) -> Tensor:
         n, length, width = x.shape
         bias = torch.cat([self.q_bias, self.zero_k_bias, self.v_bias])
         qkv = functional.linear(x, self.mat_qkv.weight, bias)
         q, k, v = qkv.view(n, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        q = functional.normalize(q, dim=-1) * self.scale_mul_1H11.clamp_max(MAX_LOG_SCALE).exp()
-        k = functional.normalize(k, dim=-1)
+        q = q * (self.scale_mul_1H11.clamp_max(MAX_LOG_SCALE).exp() / _length(q))
+        k = k / _length(k)
         # under autocast a norm is float32
         q, k = q.to(v.dtype), k.to(v.dtype)
-        first = scales[0][0]
         if cache is not None:
             k, v = cache.extend(layer, k, v)
+        first = groups[0].start
         parts = [
             functional.scaled_dot_product_attention(
-                q[:, :, start - first : stop - first], k[:, :, :stop], v[:, :, :stop], scale=1.0
+                q[:, :, g.start - first : g.stop - first], k[:, :, : g.stop], v[:, :, : g.stop], g.mask, scale=1.0
             ).transpose(1, 2)
-            for start, stop in scales
+            for g in groups
         ]
-        return self.proj(torch.cat(parts, dim=1).reshape(n, length, width))
+        out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        return self.proj(out.reshape(n, length, width))
+
+
+def _length(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-12)
 
 
 class Block(nn.Module):
@@ -119,22 +139,25 @@ class Block(nn.Module):
         self.ada_lin = Modulation(width, 6)
 
     def attend(
-        self, x: Tensor, condition: Condition, scales: Spans, cache: Cache | None = None, layer: int = 0
+        self, x: Tensor, condition: Condition, groups: Sequence[Group], cache: Cache | None = None, layer: int = 0
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The attention half: returns the residual stream, the MLP's input and the MLP's gate."""
         gate_a, gate_m, scale_a, scale_m, shift_a, shift_m = self.ada_lin(condition)
-        x = torch.addcmul(x, gate_a, self.attn(modulate(_norm(x), shift_a, scale_a), scales, cache, layer))
-        return x, modulate(_norm(x), shift_m, scale_m), gate_m
+        x = torch.addcmul(x, gate_a, self.attn(_modulated_norm(x, shift_a, scale_a), groups, cache, layer))
+        return x, _modulated_norm(x, shift_m, scale_m), gate_m
 
     def forward(
-        self, x: Tensor, condition: Condition, scales: Spans, cache: Cache | None = None, layer: int = 0
+        self, x: Tensor, condition: Condition, groups: Sequence[Group], cache: Cache | None = None, layer: int = 0
     ) -> Tensor:
-        x, inner, gate = self.attend(x, condition, scales, cache, layer)
+        x, inner, gate = self.attend(x, condition, groups, cache, layer)
         return torch.addcmul(x, gate, self.ffn(inner))
 
 
-def _norm(x: Tensor) -> Tensor:
-    return functional.layer_norm(x, x.shape[-1:], eps=1e-6)
+def _modulated_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    if shift.shape[0] == 1:
+        # one class, the same at all positions: the modulation is what a layer norm applies on its way
+        return functional.layer_norm(x, x.shape[-1:], 1 + scale[0, 0], shift[0, 0], eps=1e-6)
+    return modulate(functional.layer_norm(x, x.shape[-1:], eps=1e-6), shift, scale)
 
 
 class BeforeHead(nn.Module):
@@ -146,7 +169,7 @@ class BeforeHead(nn.Module):
 
     def forward(self, x: Tensor, condition: Condition) -> Tensor:
         scale, shift = self.ada_lin(condition)
-        return modulate(_norm(x), shift, scale)
+        return _modulated_norm(x, shift, scale)
 
 
 class VAR(nn.Module):
@@ -215,9 +238,21 @@ class VAR(nn.Module):
         places = slice(start, start + x.shape[1])
         return x + (self.lvl_embed(self.lvl_1L[:, places]) + self.pos_1LC[:, places])
 
-    def scales(self, first: int, stop: int) -> Spans:
-        """Positions of the scales first..stop-1."""
-        return list(pairwise(self.bounds[first : stop + 1]))
+    def groups(self, first: int, stop: int) -> list[Group]:
+        """The scales first..stop-1 in as few calls of attention as pay."""
+        spans: list[tuple[int, int]] = []
+        for start, end in pairwise(self.bounds[first : stop + 1]):
+            if spans and end - spans[-1][0] <= MASKED_POSITIONS:
+                spans[-1] = (spans[-1][0], end)
+            else:
+                spans.append((start, end))
+        return [Group(start, end, self._mask(start, end)) for start, end in spans]
+
+    def _mask(self, start: int, stop: int) -> Tensor | None:
+        if self.bounds.index(stop) - self.bounds.index(start) == 1:
+            return None
+        levels = self.lvl_1L[0, :stop]
+        return levels[start:, None] >= levels
 
     def logits(self, x: Tensor, condition: Condition) -> Tensor:
         """Logits over tokens, float32 [N, n, codebook]."""
@@ -226,9 +261,9 @@ class VAR(nn.Module):
     def forward(self, inputs: Tensor, labels: Tensor) -> Tensor:
         """Teacher-forced logits float32 [N,T,codebook] of the inputs [N,T-1,Z] of all scales but the first."""
         x = self.embed(inputs, labels, 0)
-        condition, scales = self.condition(labels), self.scales(0, len(self.config.patch_nums))
+        condition, groups = self.condition(labels), self.groups(0, len(self.config.patch_nums))
         for block in self.blocks:
-            x = block(x, condition, scales)
+            x = block(x, condition, groups)
         return self.logits(x, condition)
 
     def responses(self, inputs: Tensor, labels: Tensor, spans: Spans, fc1_response: FC1Response) -> Tensor:
@@ -237,11 +272,11 @@ class VAR(nn.Module):
         inputs: [N, positions, Z] from the second scale up to the last one that a span reaches into.
         """
         x = self.embed(inputs, labels, 0)
-        condition, scales = self.condition(labels), self.scales(0, self.bounds.index(x.shape[1]))
+        condition, groups = self.condition(labels), self.groups(0, self.bounds.index(x.shape[1]))
         start, stop = min(s[0] for s in spans), max(s[1] for s in spans)
         collected = []
         for layer, block in enumerate(self.blocks):
-            x, inner, gate = block.attend(x, condition, scales)
+            x, inner, gate = block.attend(x, condition, groups)
             fc1, fc2 = block.ffn.fc1, block.ffn.fc2
             if layer + 1 < len(self.blocks):
                 hidden, response = fc1_response(inner, fc1.weight, fc1.bias, spans, "tanh")
@@ -263,9 +298,9 @@ class VAR(nn.Module):
         first = self.bounds.index(cache.length)
         x = self.embed(inputs, labels, first)
         stop = self.bounds.index(cache.length + x.shape[1])
-        condition, scales = self.condition(labels), self.scales(first, stop)
+        condition, groups = self.condition(labels), self.groups(first, stop)
         for layer, block in enumerate(self.blocks):
-            x = block(x, condition, scales, cache, layer)
+            x = block(x, condition, groups, cache, layer)
         cache.length = self.bounds[stop]
         return self.logits(x[:, self.bounds[stop - 1] - self.bounds[stop] :], condition)
 
