@@ -1,33 +1,51 @@
-"""Timing in interleaved rounds: contestants in turn, so that a busy machine slows all, and ratios within rounds."""
+"""Interleaved pairs: the ratio of two calls, free of the machine's slow drift, with a bootstrap interval."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-RESAMPLES = 10_000
+PAIRS, RESAMPLES = 30, 10_000
 
 
-def time_rounds(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[str, np.ndarray]:
-    """Seconds float64 [rounds] of every contestant, called in turn; the order turns round after every round."""
-    names = list(contestants)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    # once each for caches and allocations
-    for name in names:
-        contestants[name]()
-    for i in range(rounds):
-        for name in names if i % 2 else names[::-1]:
+@dataclass(frozen=True)
+class Ratio:
+    """Median of the pair ratios ours / theirs with its 95 % bootstrap interval, and both median times in seconds."""
+
+    median: float
+    low: float
+    high: float
+    ours: float
+    theirs: float
+
+
+def compare(ours: Callable[[], object], theirs: Callable[[], object], pairs: int = PAIRS) -> Ratio:
+    """Time both calls ``pairs`` times, one right after the other and in changing order."""
+    ours()
+    theirs()
+    times = np.empty((pairs, 2))
+    for pair in range(pairs):
+        for side in (0, 1) if pair % 2 else (1, 0):
             started = time.perf_counter()
-            contestants[name]()
-            seconds[name].append(time.perf_counter() - started)
-    return {name: np.array(values) for name, values in seconds.items()}
+            (ours, theirs)[side]()
+            times[pair, side] = time.perf_counter() - started
+    ratios = times[:, 0] / times[:, 1]
+    resampled = np.random.default_rng(0).choice(ratios, (RESAMPLES, pairs))
+    low, high = np.percentile(np.median(resampled, axis=1), [2.5, 97.5])
+    ours_seconds, theirs_seconds = np.median(times, axis=0)
+    return Ratio(float(np.median(ratios)), float(low), float(high), float(ours_seconds), float(theirs_seconds))
 
 
-def median_ratio(first: np.ndarray, second: np.ndarray) -> tuple[float, float, float]:
-    """Median of first / second over the rounds, and its 95 % bootstrap interval."""
-    ratios = first / second
-    draws = np.random.default_rng(0).choice(ratios, (RESAMPLES, len(ratios)))
-    low, high = np.percentile(np.median(draws, axis=1), [2.5, 97.5])
-    return float(np.median(ratios)), float(low), float(high)
+def require_green(tests: Sequence[str]) -> None:
+    """Run the tests of what is measured. Raises: SystemExit on red: a wrong operator gets no number."""
+    root = Path(__file__).parent.parent
+    command = [sys.executable, "-m", "pytest", "-q", "--no-header", *tests]
+    found = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    if found.returncode:
+        raise SystemExit(f"the tests are red, so nothing is measured:\n{found.stdout[-2000:]}")

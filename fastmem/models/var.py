@@ -32,8 +32,8 @@ RESIZE = 1.125
 # the learned factor on the queries is an exponential, bounded as the original bounds it
 MAX_LOG_SCALE = math.log(100)
 
-# scales are attended together, with a mask, while they have no more positions than this: so few that the products that a
-# mask throws away cost less than a call
+# scales are attended together, with a mask, while they have no more positions than this: so few that the products that
+# the mask throws away cost less than a call
 MASKED_POSITIONS = 128
 
 Spans = Sequence[tuple[int, int]]
