@@ -106,12 +106,14 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, groups: Sequence[Group], cache: Cache | None = None, layer: int = 0) -> Tensor:
         n, length, width = x.shape
         bias = torch.cat([self.q_bias, self.zero_k_bias, self.v_bias])
-        qkv = functional.linear(x, self.mat_qkv.weight, bias)
-        q, k, v = qkv.view(n, length, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        q = q * (self.scale_mul_1H11.clamp_max(MAX_LOG_SCALE).exp() / _length(q))
-        k = k / _length(k)
+        qkv = functional.linear(x, self.mat_qkv.weight, bias).view(n, length, 3, self.heads, width // self.heads)
+        # queries and keys in one go: every pass over them costs as much as its memory
+        factor = self.scale_mul_1H11[0, :, 0].clamp_max(MAX_LOG_SCALE).exp()
+        both = qkv[:, :, :2]
+        norm = torch.linalg.vector_norm(both, dim=-1, keepdim=True).clamp_min(1e-12)
         # under autocast a norm is float32
-        q, k = q.to(v.dtype), k.to(v.dtype)
+        both = (both * (torch.stack([factor, torch.ones_like(factor)]) / norm)).to(qkv.dtype)
+        (q, k), v = both.permute(2, 0, 3, 1, 4), qkv[:, :, 2].transpose(1, 2)
         if cache is not None:
             k, v = cache.extend(layer, k, v)
         first = groups[0].start
@@ -123,10 +125,6 @@ class Attention(nn.Module):
         ]
         out = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
         return self.proj(out.reshape(n, length, width))
-
-
-def _length(x: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(1e-12)
 
 
 class Block(nn.Module):
