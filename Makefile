@@ -36,3 +36,4 @@ lint: setup
 
 bench: setup
 	$(RUN) benches/memory.py
+	$(RUN) benches/var_forward.py

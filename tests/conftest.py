@@ -14,24 +14,44 @@ from fastmem import ArraySource, assemble
 from fastmem.models.maskgit_vqgan import MaskGITVQGAN, MaskGITVQGANConfig
 from fastmem.models.model import Model
 from fastmem.models.rar import RAR, Modulation, RARConfig
+from fastmem.models.var import VAR, VARConfig
+from fastmem.models.vqvae import MultiScaleVQVAE, MultiScaleVQVAEConfig
 
 GOLDEN = Path(__file__).parent / "golden"
 sys.path.insert(0, str(GOLDEN))
 
 import recipe  # noqa: E402 - it lies beside the golden files
 
+# entries that the parity cases keep as they were built
+AS_BUILT = ("attn_bias_for_masking", "zero_k_bias", "ema_vocab_hit_SV")
+
 
 def build_case(case: str) -> Model:
     """The model of a parity case, filled by the recipe."""
     sizes = json.loads((GOLDEN / f"{case}.json").read_text())
-    g, t = sizes["generator"], sizes["tokenizer"]
-    generator = RAR(RARConfig(g["hidden"], g["layers"], g["heads"], g["inter"], g["seq"], g["codebook"], g["ncls"]))
-    tokenizer = MaskGITVQGAN(
-        MaskGITVQGANConfig(t["hidden_channels"], z_channels=t["z"], codebook_size=t["codebook"], resolution=t["res"])
+    if sizes["family"] == "var":
+        networks = _build_var(sizes["model"])
+    else:
+        networks = _build_rar(sizes["generator"], sizes["tokenizer"])
+    for network in networks:
+        network.load_state_dict(recipe.fill(network.state_dict(), AS_BUILT))
+    return assemble(*networks)
+
+
+def _build_rar(g: dict[str, int], t: dict[str, int]) -> tuple[RAR, MaskGITVQGAN]:
+    config = MaskGITVQGANConfig(
+        t["hidden_channels"], z_channels=t["z"], codebook_size=t["codebook"], resolution=t["res"]
     )
-    for network in (generator, tokenizer):
-        network.load_state_dict(recipe.fill(network.state_dict()))
-    return assemble(generator, tokenizer)
+    sizes = RARConfig(g["hidden"], g["layers"], g["heads"], g["inter"], g["seq"], g["codebook"], g["ncls"])
+    return RAR(sizes), MaskGITVQGAN(config)
+
+
+def _build_var(m: dict[str, int]) -> tuple[VAR, MultiScaleVQVAE]:
+    patch_nums = tuple(m["patch_nums"])
+    return (
+        VAR(VARConfig(m["depth"], patch_nums, m["V"], m["Cvae"], m["ncls"])),
+        MultiScaleVQVAE(MultiScaleVQVAEConfig(m["ch"], patch_nums, m["V"], m["Cvae"])),
+    )
 
 
 def case_images(case: str) -> torch.Tensor:
@@ -41,10 +61,21 @@ def case_images(case: str) -> torch.Tensor:
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
 
 
+def int64(array: np.ndarray) -> torch.Tensor:
+    """Golden tokens or labels as the models take them."""
+    return torch.from_numpy(array.astype(np.int64))
+
+
 @pytest.fixture(scope="session")
 def small_model() -> Model:
     """The model of the case rar-small: 64 px, 16 tokens, 3 blocks of 160 units, 10 classes."""
     return build_case("rar-small")
+
+
+@pytest.fixture(scope="session")
+def small_var() -> Model:
+    """The model of the case var-small: 64 px, 30 tokens in 4 scales, 2 blocks of 512 units, 10 classes."""
+    return build_case("var-small")
 
 
 def make_toy_model() -> Model:

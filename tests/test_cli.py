@@ -78,6 +78,7 @@ ROWS = {
     "class file without a class": ((*SCORE, "--data", "{tmp}/data", "--classes", "{tmp}/names"), 2, "class-1"),
     "classes of the embedded images": ((*SCORE, "--classes", "{tmp}/names"), 2, "leave it out"),
     "shuffled class order": ((*SCORE[:3], "--data", "{zip}", "--classes", "{tmp}/order"), 2, "class order"),
+    "demo of a model that is not embedded": (("demo", "--model", "rar-b"), 2, "expected an embedded model out of"),
     "fetch of an unknown model": (("fetch", "--model", "dall-e"), 2, "expected a model out of"),
 }
 

@@ -1,4 +1,4 @@
-"""RAR-B at its full size, with regenerated weights in the official format: heavy, run in CI."""
+"""RAR-B and VAR-d16 at full size, with regenerated weights in the official formats: heavy, run in CI."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import recipe
+from conftest import AS_BUILT, recipe
 from PIL import Image
 
 from fastmem.models.checkpoints import build_networks
@@ -19,14 +19,23 @@ from fastmem.models.registry import find_entry
 pytestmark = pytest.mark.heavy
 
 
+# blocks, units, segments
+SIZES = {"rar-b": (24, 3072, ["last", "last-trained"]), "var-d16": (16, 4096, [f"scale{k}" for k in range(1, 11)])}
+
+
+@pytest.fixture(scope="module", params=SIZES)
+def model(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A FASTMEM_HOME with rar_b.bin and its tokenizer, filled by the recipe."""
+def home(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A FASTMEM_HOME with a model's official files, filled by the recipe."""
     place = tmp_path_factory.mktemp("home")
-    entry = find_entry("rar-b")
+    entry = find_entry(model)
     (place / "weights").mkdir()
     for network, file in zip(build_networks(entry), (entry.generator_file, entry.tokenizer_file), strict=True):
-        torch.save(recipe.fill(network.state_dict()), place / "weights" / file.name)
+        torch.save(recipe.fill(network.state_dict(), AS_BUILT), place / "weights" / file.name)
     return place
 
 
@@ -39,26 +48,28 @@ def run_python(home: Path, *arguments: str) -> str:
     return done.stdout
 
 
-def test_score_takes_official_files_from_end_to_end(home, tmp_path):
+def test_score_takes_official_files_from_end_to_end(model, home, tmp_path):
     for i, pixels in enumerate(recipe.images("end-to-end", 16, 256)):
         place = tmp_path / "data" / f"n{i % 4:08d}"
         place.mkdir(parents=True, exist_ok=True)
         Image.fromarray(pixels).save(place / f"{i}.JPEG")
-    arguments = ["score", "--model", "rar-b", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "run")]
+    arguments = ["score", "--model", model, "--data", str(tmp_path / "data"), "--out", str(tmp_path / "run")]
     # the regenerated weights know nothing of classes, so their order cannot be checked
     options = ["--views", "center", "--batch-size", "4", "--no-class-check", "--json"]
     document = json.loads(run_python(home, "-m", "fastmem", *arguments, *options))
-    assert (document["images"], document["layers"], document["units"]) == (16, 24, 3072)
-    assert document["segments"] == ["last", "last-trained"]
+    layers, units, segments = SIZES[model]
+    assert (document["images"], document["layers"], document["units"]) == (16, layers, units)
+    assert document["segments"] == segments
     for picture in document["pictures"]:
         assert Path(picture).stat().st_size > 10_000
 
 
 PEAK = """
-import resource, torch, fastmem
-from fastmem.models import rar
+import importlib, resource, sys, torch, fastmem
+from fastmem.models.registry import find_entry
+importlib.import_module(find_entry(sys.argv[1]).module)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-model = fastmem.load_model("rar-b", device="cpu")
+model = fastmem.load_model(sys.argv[1], device="cpu")
 # touch every weight, as a pass does
 total = sum(float(p.sum()) for n in (model.generator, model.tokenizer) for p in n.parameters())
 after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -67,5 +78,5 @@ print((after - before) * 1024 / size)
 """
 
 
-def test_loading_takes_the_weights_size_in_memory_once(home):
-    assert float(run_python(home, "-c", PEAK)) < 1.1
+def test_loading_takes_the_weights_size_in_memory_once(model, home):
+    assert float(run_python(home, "-c", PEAK, model)) < 1.1

@@ -1,72 +1,19 @@
-"""RAR and its tokenizer against the original authors' code on regenerated weights, and what generation promises."""
+"""What RAR promises beyond equal outputs: segments, generation in batches, sampling, refusals."""
 
 from __future__ import annotations
-
-import json
 
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, build_case, case_images
+from conftest import GOLDEN, build_case, int64
 
 from fastmem import UsageError, assemble, responses
-from fastmem.models.checkpoints import build_networks, shapes_of
-from fastmem.models.model import Model
+from fastmem.models.checkpoints import build_networks
 from fastmem.models.rar import RAR, RARConfig, guidance_scale
 from fastmem.models.registry import Preset, find_entry
 
 # seen between two float32 implementations of the same network
 ABSOLUTE = 2e-4
-CASES = ["rar-small", pytest.param("rar-b", marks=pytest.mark.heavy)]
-
-
-@pytest.fixture(scope="module", params=CASES)
-def case(request: pytest.FixtureRequest) -> tuple[str, Model, dict[str, np.ndarray]]:
-    with np.load(GOLDEN / f"{request.param}.npz") as golden:
-        arrays = {name: golden[name] for name in golden.files}
-    return request.param, build_case(request.param), arrays
-
-
-def int64(array: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(array.astype(np.int64))
-
-
-def test_tokens_equal_the_originals(case):
-    name, model, golden = case
-    close_calls = golden["token_margin"] < 1e-4
-    different = model.tokenize(case_images(name)).numpy() != golden["tokens"]
-    assert not (different & ~close_calls).any()
-
-
-def test_logits_equal_the_originals(case):
-    _, model, golden = case
-    tokens = int64(golden["tokens"])
-    logits = model.logits(tokens, int64(golden["labels"]))
-    assert logits.dtype == torch.float32
-    if "logits" in golden:
-        np.testing.assert_allclose(logits, golden["logits"], atol=ABSOLUTE, rtol=0)
-    else:
-        np.testing.assert_allclose(logits.logsumexp(-1), golden["logits_logsumexp"], atol=ABSOLUTE, rtol=0)
-        np.testing.assert_allclose(logits[..., :8], golden["logits_first8"], atol=ABSOLUTE, rtol=0)
-    probabilities = logits.softmax(-1).gather(-1, tokens[..., None])[..., 0]
-    np.testing.assert_allclose(probabilities, golden["token_probs"], atol=1e-5, rtol=1e-3)
-    top_two = logits.topk(2).values
-    clear = (top_two[..., 0] - top_two[..., 1] > 1e-4).numpy()
-    assert (logits.argmax(-1).numpy() == golden["argmax_tokens"])[clear].all()
-    assert clear.mean() > 0.99
-
-
-def test_candidate_scores_equal_the_originals(case):
-    _, model, golden = case
-    scores = model.candidate_scores(int64(golden["tokens"]), int64(golden["labels"]))
-    np.testing.assert_allclose(scores, golden["candidate_score"], atol=1e-6)
-
-
-def test_responses_equal_the_originals(case):
-    _, model, golden = case
-    found = responses(model, int64(golden["tokens"]), int64(golden["labels"]), segments=["last"])
-    assert found.shape == (len(golden["tokens"]), model.num_layers, 1, model.num_units)
-    np.testing.assert_allclose(found[:, :, 0], golden["last_position_abs_act"], atol=ABSOLUTE, rtol=0)
 
 
 def test_every_segment_is_the_mean_of_absolute_activations():
@@ -81,37 +28,6 @@ def test_every_segment_is_the_mean_of_absolute_activations():
     assert model.class_only == ("class",)
     starts = {s.name: s.start for s in model.all_segments}
     assert (starts["last"], starts["last-trained"]) == (17, 16)
-
-
-def test_greedy_generation_equals_the_originals_from_every_prefix(case):
-    _, model, golden = case
-    labels, tokens = int64(golden["labels"]), int64(golden["tokens"])
-    prefixes = [int(name.removeprefix("greedy_prefix_")) for name in golden if name.startswith("greedy_prefix_")]
-    assert prefixes
-    for length in prefixes:
-        made = model.generate(labels, tokens[:, :length]).numpy()
-        assert (made == golden[f"greedy_prefix_{length}"]).all(), f"prefix {length}"
-
-
-def test_reconstruction_equals_the_originals(case):
-    _, model, golden = case
-    rebuilt = model.decode(int64(golden["tokens"])).numpy()
-    expected = golden["reconstruction"]
-    if expected.dtype == np.uint8:
-        # rounding of values that lie within the tolerance of a half may go either way
-        assert np.abs(rebuilt[0] * 255 - expected).max() <= 0.5 + 255 * ABSOLUTE
-    else:
-        np.testing.assert_allclose(rebuilt, expected, atol=ABSOLUTE, rtol=0)
-
-
-@pytest.mark.parametrize("name", ["rar-b", "rar-l", "rar-xl", "rar-xxl"])
-def test_entry_names_and_shapes_equal_the_official_files(name):
-    shapes = json.loads((GOLDEN / "checkpoint_shapes.json").read_text())
-    with torch.device("meta"):
-        generator, tokenizer = build_networks(find_entry(name))
-    for network, file in ((generator, name), (tokenizer, "maskgit-vqgan-imagenet-f16-256")):
-        own = {entry: list(shape) for entry, shape in shapes_of(network.state_dict()).items()}
-        assert own == shapes[file]
 
 
 def test_prefixes_of_different_length_share_a_batch(small_model):

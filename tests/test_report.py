@@ -5,10 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from conftest import random_images
+from PIL import Image
 from pyarrow import parquet
 
 from fastmem import ArraySource, score
 from fastmem.data.manifest import Manifest
+from fastmem.report.heatmap import draw_unitmem_heatmap, unitmem_cells
 from fastmem.report.units import names_by_id, top_units, write_unit_table
 from fastmem.scoring.selection import ranked_segments
 
@@ -62,3 +64,19 @@ def test_the_ranking_takes_each_units_best_segment_and_leaves_class_only_ones_ou
     segment = stats.segments.index(first.segment)
     assert scores[first.layer, segment, first.unit] == first.unitmem
     assert first.image_ids == tuple(stats.top_image[first.layer, segment, first.unit].tolist())
+
+
+def test_the_heat_map_shows_every_ranked_segment_and_block(scored, tmp_path):
+    stats, heldout, _ = scored
+    mean, top = unitmem_cells(stats)
+    scores = stats.unitmem().numpy()
+    assert mean.shape == top.shape == (2, stats.shape[0])
+    for segment, layer in np.ndindex(mean.shape):
+        assert mean[segment, layer] == pytest.approx(scores[layer, segment].mean())
+        # of 24 units the top 1 % is one
+        assert top[segment, layer] == scores[layer, segment].max()
+    for name, control in (("with", heldout), ("without", None)):
+        draw_unitmem_heatmap(tmp_path / f"{name}.png", stats, control, "toy")
+    with Image.open(tmp_path / "with.png") as both, Image.open(tmp_path / "without.png") as alone:
+        assert both.height > 1.5 * alone.height
+        assert np.asarray(alone.convert("L")).std() > 5

@@ -8,33 +8,45 @@ from fastmem.cli.options import say
 from fastmem.cli.score import command as score_command
 from fastmem.data.manifest import Manifest
 from fastmem.demo.controls import Doses, format_membership, format_ownership, membership_by_dose, ownership
-from fastmem.demo.memorisation import dose_table, format_table
+from fastmem.demo.memorisation import an_eighth, dose_table, format_table
+from fastmem.errors import UsageError
 from fastmem.models.checkpoints import load_model
+from fastmem.models.registry import entries
 from fastmem.runs import RunFolder
-
-MODEL = "rar-tiny"
 
 
 @click.command("demo")
+@click.option("--model", metavar="NAME", help="An embedded model.  [default: the first of them]")
 @click.option("--full", is_flag=True, help="Also what is known and owned by images of each dose.")
 @click.option("--out", metavar="RUN", help="Run folder.  [default: runs/MODEL-DATE]")
 @click.pass_context
-def command(ctx: click.Context, full: bool, out: str | None) -> None:
-    """Scores the embedded model on the embedded images: tables, pictures, and arrays in a run folder.
+def command(ctx: click.Context, model: str | None, full: bool, out: str | None) -> None:
+    """Scores an embedded model on the embedded images: tables, pictures, and arrays in a run folder.
 
-    The embedded RAR was trained on 823 of the 1,015 embedded pictures, some of them shown 2, 4, 8 or 16 times as often
-    as the rest, so it memorises in graded doses. --full adds what is known of each dose: what comes back from a prefix,
-    how well the loss tells it from held-out images, and which share of the highest units it owns.
+    The embedded models were trained on 823 of the 1,015 embedded pictures, some of them shown 2, 4, 8 or 16 times as
+    often as the rest, so they memorise in graded doses. --full adds what is known of each dose: what comes back from a
+    prefix, how well the loss tells it from held-out images, and which share of the highest units it owns.
     """
-    result = ctx.invoke(score_command, model=MODEL, out=out, cfg=True)
+    name = _choose(model)
+    result = ctx.invoke(score_command, model=name, out=out, cfg=True)
     if not full:
         return
     folder = RunFolder(result.run)
     manifests = {split: Manifest.load(folder.manifest_file(split)) for split in ("train", "heldout")}
     doses = Doses.of(manifests["train"])
-    say("\ngenerating from an eighth of the tokens of every image")
-    click.echo(format_table(dose_table(load_model(MODEL))))
+    loaded = load_model(name)
+    say(f"\ngenerating from the first {an_eighth(loaded)} of the {loaded.num_tokens} tokens of every image")
+    click.echo(format_table(dose_table(loaded)))
     click.echo(
         f"\nMembership inference against held-out images:\n\n{format_membership(membership_by_dose(result, doses))}"
     )
     click.echo(f"\n{format_ownership(ownership(result, manifests, doses))}")
+
+
+def _choose(name: str | None) -> str:
+    embedded = [entry.name for entry in entries().values() if entry.embedded]
+    if name is None:
+        return embedded[0]
+    if name not in embedded:
+        raise UsageError(f"expected an embedded model out of {', '.join(embedded)}, got {name!r}")
+    return name

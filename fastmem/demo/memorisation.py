@@ -29,7 +29,7 @@ class GroupRow:
     """What the model knows of one group of images.
 
     loss: mean teacher-forced loss of the centre views, nats per token; tokens_right: mean share of the remaining tokens
-    that greedy generation gets right from the first eighth; came_back: images with a share of at least 0.9.
+    that greedy generation gets right from about the first eighth; came_back: images with a share of at least 0.9.
     """
 
     group: str
@@ -50,9 +50,14 @@ def center_tokens(model: Model, split: str) -> tuple[Tensor, Tensor, list[str]]:
     return tokens, torch.from_numpy(manifest.labels), manifest.names.tolist()
 
 
+def an_eighth(model: Model) -> int:
+    """The prefix length in tokens, among those that the model allows, that is nearest to an eighth of an image."""
+    return min(model.prefix_lengths, key=lambda length: abs(length - model.num_tokens // 8))
+
+
 def measure(model: Model, tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Loss float32 [N] (nats per token) and share of the remaining tokens right float32 [N] from an eighth."""
-    prefix = model.num_tokens // 8
+    prefix = an_eighth(model)
     losses, shares = [], []
     for batch, own in zip(tokens.split(BATCH), labels.split(BATCH), strict=True):
         losses.append(model.outcomes(batch, own).loss.mean(1).cpu())

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fastmem.errors import InputFileError, UsageError
 from fastmem.models.model import Model
-from fastmem.models.registry import ModelEntry, OfficialFile, Preset, entries, find_entry
+from fastmem.models.registry import ModelEntry, OfficialFile, entries, find_entry
 
 # keys under which trainers keep the state dict inside a larger file, outermost first
 WRAPPERS = ("trainer", "var_wo_ddp", "module", "state_dict", "model")
@@ -200,7 +200,7 @@ def assemble(generator: nn.Module, tokenizer: nn.Module) -> Model:
     for module in dict.fromkeys(entry.module for entry in entries().values()):
         family = import_module(module).model_class
         if isinstance(generator, family.generator_class) and isinstance(tokenizer, family.tokenizer_class):
-            return family(generator, tokenizer, Preset())
+            return family(generator, tokenizer, family.plain_preset)
     raise UsageError(
         f"expected a generator and a tokenizer of one known family, got {type(generator).__name__} and "
         f"{type(tokenizer).__name__}"

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from fastmem.errors import UsageError
+from fastmem.models.layers import nearest_codes
 
 
 @dataclass(frozen=True)
@@ -148,9 +148,7 @@ class Codebook(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         """Nearest code of every latent: float [N,Z,G,G] -> int64 [N,G*G], raster order."""
         rows = z.permute(0, 2, 3, 1).reshape(-1, z.shape[1])
-        codes = self.embedding.weight.t()
-        squares = rows.square().sum(1, keepdim=True) + codes.square().sum(0, keepdim=True)
-        return torch.addmm(squares, rows, codes, alpha=-2.0).argmin(1).view(z.shape[0], -1)
+        return nearest_codes(rows, self.embedding.weight).view(z.shape[0], -1)
 
 
 class MaskGITVQGAN(nn.Module):
@@ -170,10 +168,22 @@ class MaskGITVQGAN(nn.Module):
 
     def encode(self, images: Tensor) -> Tensor:
         """Tokens of pictures: float32 [N,3,R,R] in [0,1] -> int64 [N,G*G]."""
-        return self.quantize(self.encoder(images))
+        return self.quantize(self.latents(images))
+
+    def latents(self, images: Tensor) -> Tensor:
+        """Latents of pictures before quantisation: float32 [N,3,R,R] in [0,1] -> [N,Z,G,G]."""
+        return self.encoder(images)
 
     def decode(self, tokens: Tensor) -> Tensor:
         """Pictures of tokens: int64 [N,G*G] -> float32 [N,3,R,R], clamped to [0,1]."""
+        return self.draw(tokens).clamp(0, 1)
+
+    def draw(self, tokens: Tensor) -> Tensor:
+        """As ``decode``, unclamped, for training."""
         grid = self.config.grid
         z = self.quantize.embedding(tokens).view(-1, grid, grid, self.config.z_channels).permute(0, 3, 1, 2)
-        return self.decoder(z).clamp(0, 1)
+        return self.draw_latents(z)
+
+    def draw_latents(self, latents: Tensor) -> Tensor:
+        """Pictures of latents: float32 [N,Z,G,G] -> [N,3,R,R], unclamped, 0..1 for pixels."""
+        return self.decoder(latents)

@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from fastmem.backends.select import Backend, choose_backend
 from fastmem.errors import UsageError
+from fastmem.models.layers import NO_CLASS
 from fastmem.models.registry import Preset
 
 # pixels that go through the tokenizer at once, which bounds its memory whatever the caller's batch (8 images of 256 px)
@@ -71,6 +72,8 @@ class Model(ABC):
 
     generator_class: ClassVar[type[nn.Module]]
     tokenizer_class: ClassVar[type[nn.Module]]
+    # of a model that no registry row describes: plain sampling, no guidance
+    plain_preset: ClassVar[Preset] = Preset()
 
     def __init__(
         self, generator: nn.Module, tokenizer: nn.Module, preset: Preset, prefixes: Sequence[int] | None = None
@@ -122,6 +125,15 @@ class Model(ABC):
     def scaled_prefixes(self) -> tuple[int, ...]:
         """The published prefix ladder at the same shares of this model's tokens."""
 
+    @property
+    def prefix_lengths(self) -> Sequence[int]:
+        """Every length, in tokens, that a prefix may have, in rising order."""
+        return range(self.num_tokens + 1)
+
+    def forward_logits(self, tokens: Tensor, labels: Tensor) -> Tensor:
+        """``logits`` of checked arguments on the model's device, with gradients; the label -1 stands for no class."""
+        return self.generator(tokens, labels)
+
     @abstractmethod
     def _responses(self, tokens: Tensor, labels: Tensor, spans: Sequence[tuple[int, int]], backend: Backend) -> Tensor:
         """Responses float32 [N,layers,S,units] of checked tokens and labels."""
@@ -130,11 +142,7 @@ class Model(ABC):
         self, tokens: Tensor, labels: Tensor, spans: Sequence[tuple[int, int]], backend: Backend
     ) -> tuple[Tensor, Tensor]:
         """Responses and logits of checked tokens and labels; a family can share the pass between them."""
-        return self._responses(tokens, labels, spans, backend), self.generator(tokens, labels)
-
-    @abstractmethod
-    def _no_class(self, count: int) -> Tensor:
-        """Labels int64 [count] under which the generator runs its unconditional branch."""
+        return self._responses(tokens, labels, spans, backend), self.forward_logits(tokens, labels)
 
     @abstractmethod
     def _generate(
@@ -203,7 +211,7 @@ class Model(ABC):
 
         Position t predicts token t. Raises: UsageError for other shapes, tokens or labels out of range.
         """
-        return self.generator(self._check_tokens(tokens), self._check_labels(labels, len(tokens)))
+        return self.forward_logits(self._check_tokens(tokens), self._check_labels(labels, len(tokens)))
 
     @torch.inference_mode()
     def outcomes(self, tokens: Tensor, labels: Tensor | None) -> TokenOutcomes:
@@ -212,9 +220,12 @@ class Model(ABC):
         Raises: as ``logits``.
         """
         tokens = self._check_tokens(tokens)
-        labels = self._no_class(len(tokens)) if labels is None else self._check_labels(labels, len(tokens))
+        if labels is None:
+            labels = torch.full((len(tokens),), NO_CLASS, device=self.device)
+        else:
+            labels = self._check_labels(labels, len(tokens))
         chunks = (c.split(self._rows_of_logits) for c in (tokens, labels))
-        return _join([_outcomes(self.generator(t, y), t) for t, y in zip(*chunks, strict=True)], tokens)
+        return _join([_outcomes(self.forward_logits(t, y), t) for t, y in zip(*chunks, strict=True)], tokens)
 
     @torch.inference_mode()
     def responses_and_outcomes(
@@ -275,7 +286,8 @@ class Model(ABC):
         labels: int64 [N]; prefix: int64 [N,P] with P >= 0, or N rows of different length; greedy: arg max of the
         conditional branch, no guidance; else sampled by ``preset`` (the model's own when None) with ``generator``.
 
-        Raises: UsageError for a preset with greedy, other shapes, prefixes longer than T, values out of range.
+        Raises: UsageError for a preset with greedy, other shapes, prefixes longer than T or of a length that is not
+        among ``prefix_lengths``, values out of range.
         """
         if greedy and preset is not None:
             raise UsageError("expected no preset with greedy=True, got one: drop it, or pass greedy=False to sample")
@@ -285,6 +297,12 @@ class Model(ABC):
         if len(rows) and int(lengths.max()) > self.num_tokens:
             raise UsageError(
                 f"expected prefixes of at most {self.num_tokens} tokens, got one of {int(lengths.max())}: shorten it"
+            )
+        unfit = [length for length in lengths.tolist() if length not in self.prefix_lengths]
+        if unfit:
+            raise UsageError(
+                f"expected prefixes of {', '.join(map(str, self.prefix_lengths))} tokens, got one of {unfit[0]}: "
+                "end it at one of these"
             )
         tokens = torch.zeros(len(rows), self.num_tokens, dtype=torch.int64, device=self.device)
         for row, given in zip(tokens, rows, strict=True):

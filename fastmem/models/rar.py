@@ -20,11 +20,11 @@ from torch.nn import functional
 from fastmem.backends.select import Backend
 from fastmem.data.views import CenterCrop, TenCrop
 from fastmem.errors import UsageError
+from fastmem.models.layers import MLP, NO_CLASS, Cache, Condition, Modulation, modulate
 from fastmem.models.maskgit_vqgan import MaskGITVQGAN, MaskGITVQGANConfig
 from fastmem.models.model import Model, Segment
 from fastmem.models.registry import Preset
 
-NO_CLASS = -1
 # positions before the first image token: cls and the class token
 LEAD = 2
 # candidates are judged by their hits over this many last tokens; prefixes are of 256 tokens (arXiv 2502.02514)
@@ -54,24 +54,6 @@ class RARConfig:
             )
 
 
-class Cache:
-    """Keys and values of every layer, allocated once: two tensors [layers, N, heads, positions, head width]."""
-
-    def __init__(self, config: RARConfig, rows: int, like: Tensor) -> None:
-        width = config.hidden_size // config.num_heads
-        shape = (config.num_layers, rows, config.num_heads, config.image_seq_len + LEAD - 1, width)
-        self.keys = like.new_empty(shape)
-        self.values = like.new_empty(shape)
-        self.length = 0
-
-    def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Append keys and values [N, heads, n, head width] of the positions from ``length`` on; returns all so far."""
-        stop = self.length + keys.shape[2]
-        self.keys[layer, :, :, self.length : stop] = keys
-        self.values[layer, :, :, self.length : stop] = values
-        return self.keys[layer, :, :, :stop], self.values[layer, :, :, :stop]
-
-
 class Attention(nn.Module):
     """Causal self-attention with layer-normalised queries and keys."""
 
@@ -94,48 +76,6 @@ class Attention(nn.Module):
         return self.proj(out.transpose(1, 2).reshape(n, length, width))
 
 
-class MLP(nn.Module):
-    """fc1, exact GELU, fc2; the outputs of fc1 are the *units* that fastmem scores."""
-
-    def __init__(self, width: int, units: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, units)
-        self.fc2 = nn.Linear(units, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(functional.gelu(self.fc1(x)))
-
-
-class Modulation(nn.Sequential):
-    """SiLU and a linear layer: condition [classes, positions, width] to ``parts`` tensors of that shape."""
-
-    def __init__(self, width: int, parts: int) -> None:
-        super().__init__(nn.SiLU(), nn.Linear(width, parts * width))
-        self.parts = parts
-
-    def forward(self, condition: Condition) -> tuple[Tensor, ...]:
-        out = super().forward(condition.values)
-        if condition.rows is not None:
-            out = out.index_select(0, condition.rows)
-        return out.chunk(self.parts, dim=-1)
-
-
-@dataclass(frozen=True)
-class Condition:
-    """What adaLN sees: one row per *distinct* class, since images of one class share their modulation.
-
-    values: [distinct classes, positions, width]; rows: int64 [N], the row of each image, or None where one row serves
-    all images.
-    """
-
-    values: Tensor
-    rows: Tensor | None
-
-
-def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return torch.addcmul(shift, x, 1 + scale)
-
-
 class Block(nn.Module):
     """One transformer block: attention and MLP, each shifted, scaled and gated by the condition."""
 
@@ -150,8 +90,8 @@ class Block(nn.Module):
     def attend(self, x: Tensor, condition: Condition, cache: Cache | None, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         """The attention half: returns the residual stream, the MLP's input and the MLP's gate."""
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(condition)
-        x = x + gate_a * self.attn(_modulate(self.norm1(x), shift_a, scale_a), cache, layer)
-        return x, _modulate(self.norm2(x), shift_m, scale_m), gate_m
+        x = x + gate_a * self.attn(modulate(self.norm1(x), shift_a, scale_a), cache, layer)
+        return x, modulate(self.norm2(x), shift_m, scale_m), gate_m
 
     def forward(self, x: Tensor, condition: Condition, cache: Cache | None = None, layer: int = 0) -> Tensor:
         x, inner, gate = self.attend(x, condition, cache, layer)
@@ -168,7 +108,7 @@ class FinalModulation(nn.Module):
 
     def forward(self, x: Tensor, condition: Condition) -> Tensor:
         scale, shift = self.adaLN_modulation(condition)
-        return _modulate(self.norm_final(x), shift, scale)
+        return modulate(self.norm_final(x), shift, scale)
 
 
 class RAR(nn.Module):
@@ -286,6 +226,12 @@ class RAR(nn.Module):
             logits = self.head(x[:, 1:-1], Condition(condition.values[:, 1:-1], condition.rows))
         return torch.stack(collected, dim=1), logits
 
+    def cache(self, rows: int) -> Cache:
+        """An empty cache for the generation of ``rows`` images."""
+        c = self.config
+        positions = c.image_seq_len + LEAD - 1
+        return Cache(c.num_layers, rows, c.num_heads, positions, c.hidden_size // c.num_heads, self.cls_token)
+
     def step(self, x: Tensor, labels: Tensor, cache: Cache) -> Tensor:
         """Extend the cache by inputs [N, n, width] and return the last position's logits float32 [N, codebook]."""
         first = cache.length
@@ -361,9 +307,6 @@ class RARModel(Model):
     ) -> tuple[Tensor, Tensor]:
         return self.generator.responses_and_logits(tokens, labels, spans, backend.fc1_response)
 
-    def _no_class(self, count: int) -> Tensor:
-        return torch.full((count,), NO_CLASS, device=self.device)
-
     def _generate(
         self,
         labels: Tensor,
@@ -378,7 +321,7 @@ class RARModel(Model):
         # with guidance every row runs twice: under its label, then without a class
         branches = torch.cat([labels, torch.full_like(labels, NO_CLASS)]) if guided else labels
         copies = 2 if guided else 1
-        cache = Cache(network.config, len(branches), network.cls_token)
+        cache = network.cache(len(branches))
         x = network.embed_start(tokens[:, :done].repeat(copies, 1), branches)
         for step in range(done, total):
             logits = network.step(x, branches, cache)

@@ -22,7 +22,8 @@ ENTRY_POINTS = "fastmem.models"
 class Preset:
     """How a model samples: published settings, never the user's job.
 
-    guidance: classifier-free guidance scale; guidance_power: exponent of RAR's cosine schedule; top_k, top_p: VAR's.
+    guidance: classifier-free guidance scale, off at 1 for RAR and at 0 for VAR; guidance_power: exponent of RAR's
+    cosine schedule; top_k, top_p: VAR's.
     """
 
     temperature: float = 1.0
@@ -93,11 +94,36 @@ def _rar(name: str, hidden: int, layers: int, units: int, parameters: str, prese
     )
 
 
+_VQVAE_FILE = OfficialFile("vae_ch160v4096z32.pth", "FoundationVision/var")
+# none to four scales
+_VAR_PREFIXES = (0, 1, 5, 14, 30)
+
+
+def _var(depth: int, parameters: str, fid: float) -> ModelEntry:
+    return ModelEntry(
+        name=f"var-d{depth}",
+        module="fastmem.models.var",
+        generator={"depth": depth},
+        tokenizer={},
+        generator_file=OfficialFile(f"var_d{depth}.pth", "FoundationVision/var"),
+        tokenizer_file=_VQVAE_FILE,
+        parameters=parameters,
+        preset=Preset(1.0, 1.5, top_k=900, top_p=0.96),
+        published_fid=fid,
+        prefixes=_VAR_PREFIXES,
+    )
+
+
+_TINY_PATCH_NUMS = (1, 2, 3, 4, 5, 6, 8)
 _ROWS = (
     _rar("rar-b", 768, 24, 3072, "261 M", Preset(1.0, 16.0, 2.75), 1.95),
     _rar("rar-l", 1024, 24, 4096, "461 M", Preset(1.02, 15.5, 2.5), 1.70),
     _rar("rar-xl", 1280, 32, 5120, "955 M", Preset(1.02, 6.9, 1.5), 1.50),
     _rar("rar-xxl", 1408, 40, 6144, "1.5 B", Preset(1.02, 8.0, 1.2), 1.48),
+    _var(16, "310 M", 3.55),
+    _var(20, "600 M", 2.95),
+    _var(24, "1.0 B", 2.33),
+    _var(30, "2.0 B", 1.97),
     ModelEntry(
         name="rar-tiny",
         module="fastmem.models.rar",
@@ -122,6 +148,34 @@ _ROWS = (
         tokenizer_file=OfficialFile("maskgit_vqgan_tiny.safetensors"),
         parameters="6 M",
         preset=Preset(1.0, 4.0, 2.75),
+        embedded=True,
+    ),
+    ModelEntry(
+        name="var-tiny",
+        module="fastmem.models.var",
+        generator={
+            "depth": 8,
+            "patch_nums": _TINY_PATCH_NUMS,
+            "codebook_size": 512,
+            "latent_channels": 16,
+            "num_classes": 41,
+            "hidden_size": 192,
+            "num_heads": 6,
+        },
+        tokenizer={
+            "channels": 32,
+            "patch_nums": _TINY_PATCH_NUMS,
+            "codebook_size": 512,
+            "latent_channels": 16,
+            "channel_mult": (1, 1, 2, 3),
+            "num_res_blocks": 1,
+        },
+        generator_file=OfficialFile("var_tiny.safetensors"),
+        tokenizer_file=OfficialFile("vqvae_tiny.safetensors"),
+        parameters="6 M",
+        preset=Preset(1.0, 1.5, top_k=450, top_p=0.96),
+        # none to three scales: the shares of T that its sibling's ladder has
+        prefixes=(0, 1, 5, 14),
         embedded=True,
     ),
 )

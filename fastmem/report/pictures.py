@@ -22,7 +22,8 @@ TRAIN, FOLD, HELDOUT, INK = "#2a6f97", "#edae49", "#d1495b", "#333333"
 DPI = 130
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_picture(figure: Figure, path: Path) -> None:
+    """Write a figure as PNG, whole or not at all."""
     # no date and no version in the file: equal results are equal bytes
     write_atomically(path, lambda partial: figure.savefig(partial, format="png", dpi=DPI, metadata={"Software": None}))
 
@@ -56,7 +57,7 @@ def draw_unitmem_by_block(path: Path, stats: UnitStats, heldout: UnitStats | Non
         for control, colour, name in controls
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
-    _save(figure, path)
+    save_picture(figure, path)
 
 
 def draw_train_against_heldout(
@@ -99,7 +100,7 @@ def draw_train_against_heldout(
         fontsize=10,
         color=INK,
     )
-    _save(figure, path)
+    save_picture(figure, path)
 
 
 def _draw_boxes(axis: Axes, scores: np.ndarray) -> None:
@@ -160,7 +161,7 @@ def draw_contact_sheet(
         for axis, image_id, response in zip(grid[row, left + 1 :], unit.image_ids, unit.responses, strict=False):
             _draw_image(axis, source, image_id, f"{_short(names[image_id])}\n{response:.3g}")
     figure.suptitle(title, fontsize=11, color=INK)
-    _save(figure, path)
+    save_picture(figure, path)
 
 
 def _draw_image(axis: Axes, source: ImageSource, image_id: int, caption: str) -> None:

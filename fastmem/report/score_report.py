@@ -24,6 +24,8 @@ from fastmem.scoring.selection import find_matched, select
 from fastmem.stats import UnitStats
 
 SHEET_UNITS = 16
+# fewer segments are compared more easily in the picture by block
+HEATMAP_SEGMENTS = 3
 FRACTION = 0.05
 FALSE_DISCOVERIES = 0.05
 RANKINGS = ("unitmem", "within-class", "gap")
@@ -91,6 +93,7 @@ def write_report(
     Raises: UsageError where the folder cannot be written.
     """
     # drawing loads matplotlib, which the pass does not need
+    from fastmem.report.heatmap import draw_unitmem_heatmap
     from fastmem.report.pictures import draw_contact_sheet, draw_train_against_heldout, draw_unitmem_by_block
 
     stats, heldout, path = result.train, result.heldout, folder.path
@@ -107,6 +110,9 @@ def write_report(
         draw_unitmem_by_block(pictures[0], stats, heldout, model.name)
         title = f"{model.name}: the images behind the {len(found.top)} units of highest UnitMem"
         draw_contact_sheet(pictures[1], found.top, source, names_by_id(manifests["train"]), title)
+    if len(stats.segments) >= HEATMAP_SEGMENTS and found.top:
+        pictures.append(path / "unitmem-by-segment.png")
+        draw_unitmem_heatmap(pictures[-1], stats, heldout, model.name)
     if found.gap is not None:
         pictures.append(path / "train-against-heldout.png")
         draw_train_against_heldout(pictures[-1], stats, heldout, found.gap, FALSE_DISCOVERIES, model.name)
