@@ -269,6 +269,17 @@ class VAR(nn.Module):
 
         inputs: [N, positions, Z] from the second scale up to the last one that a span reaches into.
         """
+        return self._observe(inputs, labels, spans, fc1_response, False)[0]
+
+    def responses_and_logits(
+        self, inputs: Tensor, labels: Tensor, spans: Spans, fc1_response: FC1Response
+    ) -> tuple[Tensor, Tensor]:
+        """What ``responses`` and ``forward`` give, from one pass over the inputs of all scales but the first."""
+        return self._observe(inputs, labels, spans, fc1_response, True)
+
+    def _observe(
+        self, inputs: Tensor, labels: Tensor, spans: Spans, fc1_response: FC1Response, with_logits: bool
+    ) -> tuple[Tensor, Tensor | None]:
         x = self.embed(inputs, labels, 0)
         condition, groups = self.condition(labels), self.groups(0, self.bounds.index(x.shape[1]))
         start, stop = min(s[0] for s in spans), max(s[1] for s in spans)
@@ -276,7 +287,7 @@ class VAR(nn.Module):
         for layer, block in enumerate(self.blocks):
             x, inner, gate = block.attend(x, condition, groups)
             fc1, fc2 = block.ffn.fc1, block.ffn.fc2
-            if layer + 1 < len(self.blocks):
+            if with_logits or layer + 1 < len(self.blocks):
                 hidden, response = fc1_response(inner, fc1.weight, fc1.bias, spans, "tanh")
                 x = torch.addcmul(x, gate, fc2(hidden))
             else:
@@ -284,7 +295,7 @@ class VAR(nn.Module):
                 shifted = [(a - start, b - start) for a, b in spans]
                 _, response = fc1_response(inner[:, start:stop], fc1.weight, fc1.bias, shifted, "tanh")
             collected.append(response)
-        return torch.stack(collected, dim=1)
+        return torch.stack(collected, dim=1), self.logits(x, condition) if with_logits else None
 
     def cache(self, rows: int) -> Cache:
         """An empty cache for the generation of ``rows`` images."""
@@ -378,6 +389,12 @@ class VARModel(Model):
         scales = next(k for k, end in enumerate(self.bounds) if end >= last)
         inputs = self.tokenizer.quantize.inputs(tokens, scales)
         return self.generator.responses(inputs, labels, spans, backend.fc1_response)
+
+    def _responses_and_logits(
+        self, tokens: Tensor, labels: Tensor, spans: Sequence[tuple[int, int]], backend: Backend
+    ) -> tuple[Tensor, Tensor]:
+        inputs = self.tokenizer.quantize.inputs(tokens, len(self.bounds) - 1)
+        return self.generator.responses_and_logits(inputs, labels, spans, backend.fc1_response)
 
     def _generate(
         self,
