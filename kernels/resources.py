@@ -45,7 +45,8 @@ class TargetDriver:
         return self.target
 
     def get_current_device(self) -> int:
-        return 0
+        # triton keeps what it compiled by device number: one for each target
+        return self.target.arch
 
     def get_current_stream(self, device: int) -> int:
         return 0
