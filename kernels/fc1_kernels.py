@@ -34,10 +34,7 @@ def _finish_tile(
         p_tile = p_hidden + i_m.to(tl.int64) * BLOCK_M * UNITS
         m_tile = (o_m[:, None] < ROWS - i_m * BLOCK_M) & m_n[None, :]
         tl.store(p_tile + o_m[:, None] * UNITS + o_n[None, :], b_y.to(p_hidden.dtype.element_ty), mask=m_tile)
-    if PRE:
-        b_abs = tl.abs(b_x)
-    else:
-        b_abs = tl.abs(b_y)
+    b_abs = tl.abs(b_x if PRE else b_y)
     for i_piece in range(tl.load(p_first + i_m), tl.load(p_first + i_m + 1)):
         i_low = tl.load(p_low + i_piece)
         i_high = tl.load(p_high + i_piece)

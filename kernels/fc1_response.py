@@ -23,13 +23,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
-from torch.nn import functional
-
 from fastmem.kernels.fc1_kernels import fused_kernel, pass_kernel, reduce_kernel
 from fastmem.kernels.launch import Launch
 from fastmem.kernels.segment_plan import SegmentPlan, Span, plan_segments
 from fastmem.kernels.settings import Settings, Tile, architecture, settings_for
+from torch import Tensor
+from torch.nn import functional
 
 
 def fc1_response(

@@ -1,4 +1,4 @@
-"""Compiles every Triton kernel ahead of time and prints what it needs of a GPU: ``python -m fastmem.kernels.resources``.
+"""What every Triton kernel needs of a GPU, compiled ahead of time: ``python -m fastmem.kernels.resources``.
 
 No GPU is used. Fails where a kernel spills registers, or a 16-bit product does not reach the architecture's matrix
 instructions. Arguments name architectures (``90``); without any, all in the settings table are compiled.
@@ -20,15 +20,14 @@ from typing import Any
 os.environ.pop("TRITON_INTERPRET", None)
 
 import torch  # noqa: E402
-from triton import knobs  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.runtime.driver import driver  # noqa: E402
-
 from fastmem.kernels.fc1_response import fused_launch, pass_launch, product_tile, reduce_launch  # noqa: E402
 from fastmem.kernels.launch import Launch  # noqa: E402
 from fastmem.kernels.segment_plan import plan_segments  # noqa: E402
 from fastmem.kernels.settings import TABLE, Settings, settings_for  # noqa: E402
 from fastmem.kernels.unit_update import update_launch  # noqa: E402
+from triton import knobs  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.runtime.driver import driver  # noqa: E402
 
 # the instruction a 16-bit product must use, as it stands in PTX
 MATRIX_INSTRUCTION = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}

@@ -18,13 +18,11 @@ fastmem.stats.accumulators.Fold.update. Source: Chan, Golub and LeVeque 1979 (th
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from fastmem.kernels.launch import Launch
 from fastmem.kernels.settings import Settings, architecture, settings_for
+from torch import Tensor
 
 
 @triton.jit
