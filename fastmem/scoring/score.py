@@ -187,6 +187,8 @@ class _Scorer:
         }
         for manifest in manifests.values():
             check_labels(self.model, manifest)
+        if self.backend.missed:
+            self.reporter.note(f"backend torch, because the faster one is missing: {self.backend.missed}")
         named, known = len(manifests["train"].classes), self.model.num_classes
         if named != known:
             self.reporter.note(
@@ -363,7 +365,7 @@ class _Scorer:
         ids, folds = torch.from_numpy(manifest.ids[positions]), manifest.fold[positions]
         for i in np.unique(folds):
             rows = torch.from_numpy(np.flatnonzero(folds == i))
-            unit[i] = unit[i].update(found[rows.to(found.device)], ids[rows])
+            unit[i] = unit[i].update_by(self.backend.unit_update_, found[rows.to(found.device)], ids[rows])
 
     def _save(self, split: str, builder: StatsBuilder, done: int) -> None:
         """Checkpoint the statistics after ``done`` work units; the last checkpoint stays until this one is whole."""
