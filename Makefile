@@ -35,4 +35,5 @@ lint: setup
 	$(RUN) -m ruff format --check .
 
 bench: setup
+	$(RUN) benches/fc1_response.py
 	$(RUN) benches/memory.py
