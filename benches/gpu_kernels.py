@@ -25,7 +25,7 @@ import triton  # noqa: E402
 from checkout import ROOT  # noqa: E402
 from fastmem.kernels.fc1_response import fc1_response, pass_launch  # noqa: E402
 from fastmem.kernels.segment_plan import plan_segments  # noqa: E402
-from fastmem.kernels.settings import Tile, architecture, settings_for  # noqa: E402
+from fastmem.kernels.settings import Settings, Tile, architecture, settings_for  # noqa: E402
 from fastmem.kernels.unit_update import unit_update_  # noqa: E402
 from gpu_checks import (  # noqa: E402
     LAST,
@@ -55,12 +55,15 @@ LAYERS = (
 TILES = (
     Tile(128, 128, 64, 8, 8, 3),
     Tile(128, 128, 64, 8, 8, 4),
-    Tile(128, 128, 64, 8, 4, 3),
     Tile(128, 256, 64, 8, 8, 3),
-    Tile(256, 128, 64, 8, 8, 3),
-    Tile(64, 256, 64, 8, 8, 4),
     Tile(64, 128, 64, 8, 4, 4),
-    Tile(128, 128, 32, 8, 8, 5),
+    Tile(128, 128, 64, 8, 8, 3, True),
+    Tile(128, 128, 64, 8, 8, 4, True),
+    Tile(128, 128, 64, 16, 8, 3, True),
+    Tile(128, 128, 128, 8, 8, 2, True),
+    Tile(128, 256, 64, 8, 8, 3, True),
+    Tile(256, 128, 64, 8, 8, 3, True),
+    Tile(64, 128, 64, 8, 4, 4, True),
 )
 PASSES = ((16, 128, 4), (32, 128, 4), (64, 128, 8), (32, 256, 8), (64, 64, 4), (16, 512, 8))
 STARTED = time.monotonic()
@@ -130,7 +133,13 @@ class Report:
         print(", ".join(f"{name} {rate / 1e12:.0f}" for name, rate in self.products.items()))
 
 
-def time_fc1(report: Report, dtype: torch.dtype) -> None:
+def by_descriptors() -> Settings:
+    """This GPU's settings with 16-bit tiles fetched by the copy engine."""
+    base = settings_for(architecture(torch.device("cuda")))
+    return replace(base, matrix16=replace(base.matrix16, descriptors=True))
+
+
+def time_fc1(report: Report, dtype: torch.dtype, descriptors: bool) -> None:
     """Every layer: the library's product alone, torch's expression, the pass, the fused kernel, response only."""
     for name, positions, width, units, gelu, spans in LAYERS:
         if dtype == torch.float32 and name not in ("rar-b last", "var-d16 scales"):
@@ -150,6 +159,11 @@ def time_fc1(report: Report, dtype: torch.dtype) -> None:
             "pass, response only": lambda i, a=layer: fc1_response(x(i), *a, fused=False, keep_hidden=False),
             "fused, response only": lambda i, a=layer: fc1_response(x(i), *a, fused=True, keep_hidden=False),
         }
+        if descriptors:
+            by_engine = by_descriptors()
+            calls["fused, by descriptors"] = lambda i, a=layer, s=by_engine: fc1_response(
+                x(i), *a, fused=True, settings=s
+            )
         if gelu == "tanh":
             calls["library product with gelu, mean"] = lambda i, a=layer: plain.segment_abs_mean(
                 torch._addmm_activation(a[1], x(i).flatten(0, 1), a[0].T, use_gelu=True).view(VIEWS, -1, len(a[0])),
@@ -249,8 +263,14 @@ def main() -> int:
     report = Report()
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True)
+    has_copy_engine = architecture(torch.device("cuda")) >= 90
     checked = {
         "fc1_response": report.section("check fc1_response", lambda: report.check("fc1", check_fc1_response())),
+        "descriptors": has_copy_engine
+        and report.section(
+            "check fc1_response by descriptors",
+            lambda: report.check("descriptors", check_fc1_response(by_descriptors(), (torch.bfloat16, torch.float16))),
+        ),
         "unit_update_": report.section("check unit_update_", lambda: report.check("update", check_unit_update())),
     }
     with tempfile.TemporaryDirectory() as folder:
@@ -263,9 +283,11 @@ def main() -> int:
         torch.use_deterministic_algorithms(False)
         report.section("ceilings", report.measure_ceilings)
         if checked["fc1_response"]:
-            report.section("time fc1_response, bfloat16", lambda: time_fc1(report, torch.bfloat16))
+            report.section(
+                "time fc1_response, bfloat16", lambda: time_fc1(report, torch.bfloat16, checked["descriptors"])
+            )
             report.section("settings", lambda: sweep_tiles(report))
-            report.section("time fc1_response, float32", lambda: time_fc1(report, torch.float32))
+            report.section("time fc1_response, float32", lambda: time_fc1(report, torch.float32, False))
         if checked["unit_update_"]:
             report.section("time unit_update_", lambda: time_unit_update(report))
         if checked["scale_rows_"]:

@@ -12,11 +12,15 @@ import triton.language as tl
 @triton.jit
 def _gelu(b_x, TANH: tl.constexpr):
     if TANH:
-        # 0.5 (1 + tanh u) is sigmoid(2 u); 2 sqrt(2 / pi) = 1.5957691
-        b_u = b_x * (1.5957691216057308 + 0.07135481627159767 * b_x * b_x)
-        b_y = b_x * tl.sigmoid(b_u)
+        # 0.5 (1 + tanh u) is 1 / (1 + exp(-2 u)); the constants are 2 sqrt(2 / pi) log2(e) and that times 0.044715
+        b_y = b_x / (1.0 + tl.exp2(-(b_x * (2.30220819 + 0.102943239 * (b_x * b_x)))))
     else:
-        b_y = 0.5 * b_x * (1.0 + tl.erf(b_x * 0.7071067811865476))
+        # max(x, 0) - |x| tail(|x|); the tail's formula and coefficients are explained in csrc/cpu/gelu.h
+        b_a = tl.minimum(tl.abs(b_x), 15.0)
+        b_over = ((3.988901856e-01 * b_a + 2.810804564e00) * b_a + 8.538990030e00) * b_a + 1.184614814e01
+        b_under = (((b_a + 7.040506790e00) * b_a + 2.248766584e01) * b_a + 3.598129209e01) * b_a + 2.369230452e01
+        b_tail = tl.exp2(-0.72134752 * (b_a * b_a)) * (b_over / b_under)
+        b_y = tl.maximum(b_x, 0.0) - tl.abs(b_x) * b_tail
     return b_y
 
 
@@ -48,9 +52,10 @@ def _finish_tile(
 def fused_kernel(
     p_x, p_weight, p_bias, p_hidden, p_partial, p_first, p_low, p_high, p_slot, ROWS, UNITS, WIDTH,
     TANH: tl.constexpr, PRE: tl.constexpr, STORE: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """One tile of the matrix product, finished while it is in registers."""
+    """One tile of the matrix product, finished while it is in registers; p_x and p_weight may be descriptors."""
     # programs next to each other in time share weight and input tiles in the second-level cache
     i_program = tl.program_id(0)
     n_m = tl.cdiv(ROWS, BLOCK_M)
@@ -63,24 +68,31 @@ def fused_kernel(
         # nobody asks for a row of this tile
         if tl.load(p_first + i_m) == tl.load(p_first + i_m + 1):
             return
-    o_m = tl.arange(0, BLOCK_M)
     o_n = tl.arange(0, BLOCK_N)
-    o_k = tl.arange(0, BLOCK_K)
-    m_m = o_m[:, None] < ROWS - i_m * BLOCK_M
-    m_n = o_n[None, :] < UNITS - i_n * BLOCK_N
-    p_a = p_x + i_m.to(tl.int64) * BLOCK_M * WIDTH + o_m[:, None] * WIDTH + o_k[None, :]
-    p_b = p_weight + i_n.to(tl.int64) * BLOCK_N * WIDTH + o_n[None, :] * WIDTH + o_k[:, None]
     b_x = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for i_k in range(0, WIDTH, BLOCK_K):
-        if EVEN:
-            b_a = tl.load(p_a, mask=m_m, other=0.0)  # [BLOCK_M, BLOCK_K]
-            b_b = tl.load(p_b, mask=m_n, other=0.0)  # [BLOCK_K, BLOCK_N]
-        else:
-            b_a = tl.load(p_a, mask=m_m & (o_k[None, :] < WIDTH - i_k), other=0.0)
-            b_b = tl.load(p_b, mask=m_n & (o_k[:, None] < WIDTH - i_k), other=0.0)
-        b_x = tl.dot(b_a, b_b, b_x, input_precision=PRECISION)
-        p_a += BLOCK_K
-        p_b += BLOCK_K
+    if DESCRIPTORS:
+        for i_k in range(0, WIDTH, BLOCK_K):
+            # what lies outside arrives as zero
+            b_a = p_x.load([i_m * BLOCK_M, i_k])  # [BLOCK_M, BLOCK_K]
+            b_b = p_weight.load([i_n * BLOCK_N, i_k])  # [BLOCK_N, BLOCK_K]
+            b_x = tl.dot(b_a, b_b.T, b_x, input_precision=PRECISION)
+    else:
+        o_m = tl.arange(0, BLOCK_M)
+        o_k = tl.arange(0, BLOCK_K)
+        m_m = o_m[:, None] < ROWS - i_m * BLOCK_M
+        m_n = o_n[None, :] < UNITS - i_n * BLOCK_N
+        p_a = p_x + i_m.to(tl.int64) * BLOCK_M * WIDTH + o_m[:, None] * WIDTH + o_k[None, :]
+        p_b = p_weight + i_n.to(tl.int64) * BLOCK_N * WIDTH + o_n[None, :] * WIDTH + o_k[:, None]
+        for i_k in range(0, WIDTH, BLOCK_K):
+            if EVEN:
+                b_a = tl.load(p_a, mask=m_m, other=0.0)  # [BLOCK_M, BLOCK_K]
+                b_b = tl.load(p_b, mask=m_n, other=0.0)  # [BLOCK_K, BLOCK_N]
+            else:
+                b_a = tl.load(p_a, mask=m_m & (o_k[None, :] < WIDTH - i_k), other=0.0)
+                b_b = tl.load(p_b, mask=m_n & (o_k[:, None] < WIDTH - i_k), other=0.0)
+            b_x = tl.dot(b_a, b_b, b_x, input_precision=PRECISION)
+            p_a += BLOCK_K
+            p_b += BLOCK_K
     o_bias = i_n * BLOCK_N + o_n
     b_x += tl.load(p_bias + o_bias, mask=o_bias < UNITS, other=0.0).to(tl.float32)[None, :]
     _finish_tile(

@@ -29,6 +29,7 @@ from fastmem.kernels.segment_plan import SegmentPlan, Span, plan_segments
 from fastmem.kernels.settings import Settings, Tile, architecture, settings_for
 from torch import Tensor
 from torch.nn import functional
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 def fc1_response(
@@ -96,13 +97,22 @@ def fused_launch(
     units, width = weight.shape
     rows = x.numel() // width
     grid = (-(-rows // tile.rows) * -(-units // tile.units),)
-    arguments = (x, weight, bias, x if hidden is None else hidden, partial, *_pieces(plan), rows, units, width)
+    # the copy engine wants rows that start on 16-byte borders
+    descriptors = tile.descriptors and width * x.element_size() % 16 == 0 and x.data_ptr() % 16 == 0
+    descriptors = descriptors and weight.data_ptr() % 16 == 0
+    x_tiles, weight_tiles = x, weight
+    if descriptors:
+        x_tiles = TensorDescriptor.from_tensor(x.view(rows, width), [tile.rows, tile.width])
+        weight_tiles = TensorDescriptor.from_tensor(weight, [tile.units, tile.width])
+    stored = bias if hidden is None else hidden
+    arguments = (x_tiles, weight_tiles, bias, stored, partial, *_pieces(plan), rows, units, width)
     constants = {
         "TANH": gelu == "tanh",
         "PRE": pre_activation,
         "STORE": hidden is not None,
         "PRECISION": "ieee",
         "EVEN": width % tile.width == 0,
+        "DESCRIPTORS": descriptors,
         "BLOCK_M": tile.rows,
         "BLOCK_N": tile.units,
         "BLOCK_K": tile.width,

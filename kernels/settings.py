@@ -12,7 +12,8 @@ class Tile:
     """Tile of a matrix product and how it is run.
 
     rows, units: of the output tile; width: of one step along the inner dimension; group: row tiles that share a
-    weight tile in the cache; warps, stages: of the program and of its software pipeline.
+    weight tile in the cache; warps, stages: of the program and of its software pipeline; descriptors: tiles are fetched
+    by the copy engine (sm_90 and later) where rows start on 16-byte borders, instead of by every thread's own loads.
     """
 
     rows: int
@@ -21,6 +22,7 @@ class Tile:
     group: int
     warps: int
     stages: int
+    descriptors: bool = False
 
 
 @dataclass(frozen=True)

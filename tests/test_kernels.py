@@ -36,6 +36,7 @@ SMALL = replace(
     reduce_units=64,
     update_units=32,
 )
+BY_DESCRIPTORS = replace(SMALL, matrix16=Tile(32, 64, 32, 2, 4, 2, True), matrix32=Tile(32, 64, 32, 2, 4, 2, True))
 # images, positions, width, units, spans
 SIZES = {
     "one of each": (1, 1, 1, 1, [(0, 1)]),
@@ -84,6 +85,16 @@ def test_fc1_response_equals_plain_torch_in_float64(size, fused, gelu, pre):
     nothing, only = fc1_response(*layer, spans, gelu, **options, keep_hidden=False)
     assert nothing is None
     assert torch.equal(only, found)
+
+
+@pytest.mark.usefixtures("filled_memory")
+@pytest.mark.parametrize("width", [16, 36, 33], ids=["whole", "cut", "rows off the border"])
+@pytest.mark.skipif(HAS_GPU and torch.cuda.get_device_capability() < (9, 0), reason="this GPU has no copy engine")
+def test_tiles_fetched_by_descriptor_give_the_same(width):
+    layer, spans = make_layer(3, 37, width, 130), SIZES["odd"][-1]
+    by_loads = fc1_response(*layer, spans, "tanh", fused=True, settings=SMALL)
+    found = fc1_response(*layer, spans, "tanh", fused=True, settings=BY_DESCRIPTORS)
+    assert all(map(torch.equal, found, by_loads))
 
 
 # the interpreter multiplies bfloat16 by its raw bits and truncates where hardware rounds: only the pass, with twice
