@@ -20,9 +20,10 @@ from fastmem.backends import plain
 SCALES = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 LAST = ((257, 258), (256, 257))
 OVERLAPPING = ((2, 258), (257, 258), (0, 2))
-# relative error allowed of hidden, of the fused response and of the response of the separate pass
+# relative error allowed of hidden, of the fused response and of the response of the separate pass: in float32 the
+# rounding of about 2,000 additions, in 16 bits of one value, which the fused response never is
 ALLOWED = {
-    torch.float32: (2e-6, 2e-6, 2e-6),
+    torch.float32: (4e-6, 4e-6, 4e-6),
     torch.bfloat16: (4e-3, 1e-5, 4e-3),
     torch.float16: (5e-4, 1e-5, 5e-4),
 }

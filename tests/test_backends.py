@@ -19,6 +19,9 @@ from fastmem.stats.accumulators import Fold
 CPU = torch.device("cpu")
 FOUND = native.status()
 needs_cpu = pytest.mark.skipif(not FOUND.cpu, reason=FOUND.reason)
+needs_gpu = pytest.mark.skipif(
+    not (FOUND.cuda and torch.cuda.is_available()), reason=FOUND.reason or "this machine has no CUDA GPU"
+)
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 ROOT = Path(__file__).parent.parent
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -196,6 +199,17 @@ def test_cpp_scale_rows_takes_more_matrices_than_one_launch():
     native.scale_rows_([], [], 2.0)
 
 
+@needs_gpu
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_cuda_scale_rows_has_the_bits_of_torch(dtype):
+    weights, rows = make_matrices(dtype)
+    weights = [w.cuda() for w in weights]
+    expected = [w.clone() for w in weights]
+    plain.scale_rows_(expected, rows, 0.3)
+    native.scale_rows_(weights, rows, 0.3)
+    assert all(map(torch.equal, weights, expected))
+
+
 @pytest.fixture(scope="module")
 def threads_library(tmp_path_factory):
     """The arithmetic of the CUDA kernel built for the CPU."""
@@ -271,8 +285,9 @@ def test_operators_check_before_they_touch_memory(call, text):
         (LINEAR, torch.zeros(2), [(0, 4)], r"float32 \[3\], got torch.float32 \[2\]"),
         (LINEAR, torch.zeros(3), [], "at least one"),
         (LINEAR, torch.zeros(3), [(3, 5)], r"got \(3, 5\)"),
+        (LINEAR.to("meta"), torch.zeros(3), [(0, 4)], "on 'meta': there are only CPU ones"),
     ],
-    ids=["dtype", "bias", "no span", "span"],
+    ids=["dtype", "bias", "no span", "span", "device"],
 )
 def test_wrong_arguments_of_bias_gelu_response_are_usage_errors(linear, bias, spans, text):
     with pytest.raises(UsageError, match=text):

@@ -85,7 +85,7 @@ def bias_gelu_response_(
 
     Raises: UsageError when the library is not there, or an argument does not fit.
     """
-    _check_device(linear)
+    _check_device(linear, ("cpu",))
     _check(linear, spans, "bias_gelu_response_")
     if bias.dtype != torch.float32 or bias.shape != linear.shape[2:] or not bias.is_contiguous():
         raise UsageError(
@@ -113,7 +113,7 @@ def unit_update_(
 
     Raises: UsageError when the library is not there; RuntimeError where a shape or type does not fit.
     """
-    _check_device(mean)
+    _check_device(mean, ("cpu",))
     torch.ops.fastmem.unit_update_(
         mean, m2, view_total, top_value, top_image, count, responses.contiguous(), image_ids.contiguous()
     )
@@ -134,11 +134,11 @@ def scale_rows_(weights: Sequence[torch.Tensor], rows: Sequence[torch.Tensor], f
     torch.ops.fastmem.scale_rows_(list(weights), torch.cat([r.cpu() for r in rows]), stops, factor)
 
 
-def _check_device(tensor: torch.Tensor) -> None:
+def _check_device(tensor: torch.Tensor, homes: Sequence[str] = ("cpu", "cuda")) -> None:
     found = status()
     device = tensor.device.type
-    if not (found.cpu if device == "cpu" else found.cuda and device == "cuda"):
-        why = found.reason if device in ("cpu", "cuda") else "there are only CPU and CUDA ones"
+    if device not in homes or not (found.cpu if device == "cpu" else found.cuda):
+        why = found.reason if device in homes else f"there are only {' and '.join(map(str.upper, homes))} ones"
         raise UsageError(f"no native operator can run on a tensor on {device!r}: {why}; choose another backend")
 
 
