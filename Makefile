@@ -35,5 +35,6 @@ lint: setup
 	$(RUN) -m ruff format --check .
 
 bench: setup
+	$(RUN) benches/fc1_response.py
 	$(RUN) benches/memory.py
 	$(RUN) benches/var_forward.py

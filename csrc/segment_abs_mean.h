@@ -35,23 +35,26 @@ FASTMEM_HOST_DEVICE float add_abs(float sum, float x) {
 }
 
 // the border to the raw pointers: whatever is wrong past this point reads foreign memory
-inline void check_arguments(
+inline void check_segments(
+    const char* name,
     const torch::stable::Tensor& hidden,
     const std::vector<int64_t>& starts,
     const std::vector<int64_t>& stops) {
   STD_TORCH_CHECK(
       hidden.scalar_type() == torch::headeronly::ScalarType::Float,
-      "segment_abs_mean expected hidden of dtype float32; convert it with .float()");
+      name,
+      " expected hidden of dtype float32; convert it with .float()");
   STD_TORCH_CHECK(
       hidden.dim() == 3,
-      "segment_abs_mean expected hidden of shape [images, positions, units], got ",
+      name,
+      " expected hidden of shape [images, positions, units], got ",
       hidden.dim(),
       " dimensions");
-  STD_TORCH_CHECK(
-      hidden.is_contiguous(), "segment_abs_mean expected contiguous hidden; call .contiguous() first");
+  STD_TORCH_CHECK(hidden.is_contiguous(), name, " expected contiguous hidden; call .contiguous() first");
   STD_TORCH_CHECK(
       !starts.empty() && starts.size() == stops.size(),
-      "segment_abs_mean expected as many stops as starts and at least one, got ",
+      name,
+      " expected as many stops as starts and at least one, got ",
       starts.size(),
       " starts and ",
       stops.size(),
@@ -59,7 +62,8 @@ inline void check_arguments(
   for (size_t segment = 0; segment < starts.size(); ++segment) {
     STD_TORCH_CHECK(
         0 <= starts[segment] && starts[segment] < stops[segment] && stops[segment] <= hidden.size(1),
-        "segment_abs_mean expected 0 <= start < stop <= ",
+        name,
+        " expected 0 <= start < stop <= ",
         hidden.size(1),
         " (positions), got start ",
         starts[segment],

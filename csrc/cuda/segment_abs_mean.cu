@@ -55,7 +55,7 @@ __global__ void segment_abs_mean_kernel(
 }
 
 Tensor segment_abs_mean(const Tensor& hidden, std::vector<int64_t> starts, std::vector<int64_t> stops) {
-  check_arguments(hidden, starts, stops);
+  check_segments("segment_abs_mean", hidden, starts, stops);
   const int64_t images = hidden.size(0);
   const int64_t positions = hidden.size(1);
   const int64_t units = hidden.size(2);

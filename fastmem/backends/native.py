@@ -37,7 +37,8 @@ def status() -> NativeStatus:
     if _status is None:
         _status = load(FOLDER)
         if _status.cpu:
-            torch.library.register_fake("fastmem::segment_abs_mean", _segment_abs_mean_shape)
+            for name, fake in FAKES.items():
+                torch.library.register_fake(f"fastmem::{name}", fake)
     return _status
 
 
@@ -61,36 +62,130 @@ def segment_abs_mean(hidden: torch.Tensor, spans: Sequence[tuple[int, int]]) -> 
 
     Raises: UsageError when the library for the tensor's device is not there, or an argument does not fit.
     """
-    found = status()
-    device = hidden.device.type
-    if not (found.cpu if device == "cpu" else found.cuda and device == "cuda"):
-        why = found.reason if device in ("cpu", "cuda") else "there are only CPU and CUDA ones"
-        raise UsageError(f"no native operator can run on a tensor on {device!r}: {why}; choose another backend")
-    _check(hidden, spans)
+    _check_device(hidden)
+    _check(hidden, spans, "segment_abs_mean")
     starts, stops = zip(*spans, strict=True)
     return torch.ops.fastmem.segment_abs_mean(hidden, starts, stops)
 
 
-def _check(hidden: torch.Tensor, spans: Sequence[tuple[int, int]]) -> None:
+def bias_gelu_response_(
+    linear: torch.Tensor,
+    bias: torch.Tensor,
+    spans: Sequence[tuple[int, int]],
+    gelu: str,
+    pre_activation: bool = False,
+) -> torch.Tensor:
+    """What follows the matrix product of fc1, in one pass over it: it becomes ``GELU(linear + bias)`` in place.
+
+    linear: float32 [images, positions, units] on the CPU, contiguous, the product without bias; bias: float32 [units];
+    spans: (start, stop) pairs, at least one; gelu: "none" (erf) or "tanh"; pre_activation: respond with ``|linear +
+    bias|`` instead.
+
+    Returns float32 [images, spans, units], the mean of ``|.|`` over each span; the same bits for any number of threads.
+
+    Raises: UsageError when the library is not there, or an argument does not fit.
+    """
+    _check_device(linear, ("cpu",))
+    _check(linear, spans, "bias_gelu_response_")
+    if bias.dtype != torch.float32 or bias.shape != linear.shape[2:] or not bias.is_contiguous():
+        raise UsageError(
+            f"bias_gelu_response_ expected bias as contiguous float32 [{linear.shape[2]}], got {bias.dtype} "
+            f"{list(bias.shape)}; give it one value for each unit"
+        )
+    starts, stops = zip(*spans, strict=True)
+    return torch.ops.fastmem.bias_gelu_response_(linear, bias, starts, stops, gelu == "tanh", pre_activation)
+
+
+def unit_update_(
+    mean: torch.Tensor,
+    m2: torch.Tensor,
+    view_total: torch.Tensor,
+    top_value: torch.Tensor,
+    top_image: torch.Tensor,
+    count: int,
+    responses: torch.Tensor,
+    image_ids: torch.Tensor,
+) -> None:
+    """Fold the responses of a batch of images into the statistics of ``count`` images, in place.
+
+    mean, m2, view_total: float64 [...]; top_value: float32 [..., k] and top_image: int64 [..., k], all contiguous;
+    responses: float32 [images, views, ...]; image_ids: int64 [images]; everything on the CPU.
+
+    Raises: UsageError when the library is not there; RuntimeError where a shape or type does not fit.
+    """
+    _check_device(mean, ("cpu",))
+    torch.ops.fastmem.unit_update_(
+        mean, m2, view_total, top_value, top_image, count, responses.contiguous(), image_ids.contiguous()
+    )
+
+
+def scale_rows_(weights: Sequence[torch.Tensor], rows: Sequence[torch.Tensor], factor: float) -> None:
+    """``weight[rows] *= factor`` for many matrices, in one launch on a GPU and with the same bits as torch's.
+
+    weights: contiguous [height, width] each, of one type (float32, float64, bfloat16, float16) on one device; rows:
+    int64 [n] each, every row of a matrix at most once.
+
+    Raises: UsageError when the library for the device is not there; RuntimeError where an argument does not fit.
+    """
+    if not weights:
+        return
+    _check_device(weights[0])
+    stops = torch.tensor([len(r) for r in rows]).cumsum(0).tolist()
+    torch.ops.fastmem.scale_rows_(list(weights), torch.cat([r.cpu() for r in rows]), stops, factor)
+
+
+def _check_device(tensor: torch.Tensor, homes: Sequence[str] = ("cpu", "cuda")) -> None:
+    found = status()
+    device = tensor.device.type
+    if device not in homes or not (found.cpu if device == "cpu" else found.cuda):
+        why = found.reason if device in homes else f"there are only {' and '.join(map(str.upper, homes))} ones"
+        raise UsageError(f"no native operator can run on a tensor on {device!r}: {why}; choose another backend")
+
+
+def _check(hidden: torch.Tensor, spans: Sequence[tuple[int, int]], name: str) -> None:
     # the library checks the same before it touches memory, but its messages carry file and line
     if hidden.dtype != torch.float32 or hidden.dim() != 3 or not hidden.is_contiguous():
         raise UsageError(
-            "segment_abs_mean expected contiguous float32 [images, positions, units], got "
+            f"{name} expected contiguous float32 [images, positions, units], got "
             f"{hidden.dtype} {list(hidden.shape)} with strides {hidden.stride()}; use .float().contiguous()"
         )
     if not spans:
-        raise UsageError("segment_abs_mean expected at least one (start, stop) span, got none; name a segment")
+        raise UsageError(f"{name} expected at least one (start, stop) span, got none; name a segment")
     positions = hidden.shape[1]
     for start, stop in spans:
         if not 0 <= start < stop <= positions:
             raise UsageError(
-                f"segment_abs_mean expected spans with 0 <= start < stop <= {positions}, got ({start}, {stop}); "
+                f"{name} expected spans with 0 <= start < stop <= {positions}, got ({start}, {stop}); "
                 "take them from the model's segments"
             )
 
 
 def _segment_abs_mean_shape(hidden: torch.Tensor, starts: Sequence[int], stops: Sequence[int]) -> torch.Tensor:
     return hidden.new_empty(hidden.shape[0], len(starts), hidden.shape[2])
+
+
+def _bias_gelu_response_shape(
+    linear: torch.Tensor,
+    bias: torch.Tensor,
+    starts: Sequence[int],
+    stops: Sequence[int],
+    tanh: bool,
+    pre_activation: bool,
+) -> torch.Tensor:
+    return _segment_abs_mean_shape(linear, starts, stops)
+
+
+def _nothing(*arguments: object) -> None:
+    """The operator returns nothing, so there is no shape to tell."""
+
+
+# shapes of the results, for torch.compile
+FAKES = {
+    "segment_abs_mean": _segment_abs_mean_shape,
+    "bias_gelu_response_": _bias_gelu_response_shape,
+    "unit_update_": _nothing,
+    "scale_rows_": _nothing,
+}
 
 
 def _load_library(folder: Path, part: str, recorded: dict[str, str]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -30,16 +30,23 @@ def fc1_response(
     gelu: str,
     *,
     pre_activation: bool = False,
-    segment_mean: Callable[[Tensor, Sequence[Span]], Tensor] = segment_abs_mean,
-) -> tuple[Tensor, Tensor]:
+    keep_hidden: bool = True,
+) -> tuple[Tensor | None, Tensor]:
     """First linear layer of an MLP, its GELU, and each unit's mean absolute activation over each span.
 
     x: float [N, positions, width]; weight: [units, width]; bias: [units]; spans: S pairs (start, stop) of positions;
     gelu: "none" (exact, erf) or "tanh", as ``torch.nn.functional.gelu`` names them; pre_activation: respond with
-    ``|x W^T + b|`` instead of ``|GELU(x W^T + b)|``; segment_mean: the reduction, for backends that bring their own.
+    ``|x W^T + b|`` instead of ``|GELU(x W^T + b)|``; keep_hidden: False when only the responses are wanted.
 
-    Returns hidden = GELU(x W^T + b) as [N, positions, units] in x's dtype, and responses as float32 [N, S, units].
+    Returns hidden = GELU(x W^T + b) as [N, positions, units] in x's dtype or None, and responses as float32 [N, S,
+    units].
     """
     linear = functional.linear(x, weight, bias)
     hidden = functional.gelu(linear, approximate=gelu)
-    return hidden, segment_mean(linear if pre_activation else hidden, spans)
+    return hidden if keep_hidden else None, segment_abs_mean(linear if pre_activation else hidden, spans)
+
+
+def scale_rows_(weights: Sequence[Tensor], rows: Sequence[Tensor], factor: float) -> None:
+    """``weight[rows] *= factor`` for each matrix [height, width] and its rows int64 [n], in place."""
+    for weight, chosen in zip(weights, rows, strict=True):
+        weight[chosen.to(weight.device)] *= factor

@@ -21,7 +21,7 @@ _LOADING = (
     click.option("--dtype", default="float32", show_default=True, help="float32, bfloat16 or float16 (generator)."),
 )
 _RUNNING = (
-    click.option("--backend", default="auto", show_default=True, help="auto, torch or cpp."),
+    click.option("--backend", default="auto", show_default=True, help="auto, torch, cpp or triton."),
     click.option("--batch-size", type=click.IntRange(1), help="Views of one forward pass.  [default: 80]"),
     click.option("--segments", metavar="A,B", help="Positions to score, by name; default: the model's own."),
     click.option("--seed", type=int, default=0, show_default=True, help="Of folds and of images taken per class."),

@@ -10,14 +10,14 @@ Source: RAR (arXiv 2411.00776); bytedance/1d-tokenizer ``modeling/rar.py``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fastmem.backends.select import Backend
+from fastmem.backends.select import Backend, FC1Response
 from fastmem.data.views import CenterCrop, TenCrop
 from fastmem.errors import UsageError
 from fastmem.models.layers import MLP, NO_CLASS, Cache, Condition, Modulation, modulate
@@ -30,8 +30,6 @@ LEAD = 2
 # candidates are judged by their hits over this many last tokens; prefixes are of 256 tokens (arXiv 2502.02514)
 CANDIDATE_TOKENS = 99
 PREFIXES = (0, 1, 5, 14, 30)
-
-FC1Response = Callable[[Tensor, Tensor, Tensor, Sequence[tuple[int, int]], str], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -218,7 +216,8 @@ class RAR(nn.Module):
             else:
                 # nothing reads the last block's output: its MLP runs only where a segment needs it
                 shifted = [(a - start, b - start) for a, b in spans]
-                _, response = fc1_response(inner[:, start:stop], fc1.weight, fc1.bias, shifted, "none")
+                needed = inner[:, start:stop]
+                _, response = fc1_response(needed, fc1.weight, fc1.bias, shifted, "none", keep_hidden=False)
             collected.append(response)
         logits = None
         if with_logits:

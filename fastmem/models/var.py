@@ -293,7 +293,8 @@ class VAR(nn.Module):
             else:
                 # nothing reads the last block's output: its MLP runs only where a segment needs it
                 shifted = [(a - start, b - start) for a, b in spans]
-                _, response = fc1_response(inner[:, start:stop], fc1.weight, fc1.bias, shifted, "tanh")
+                needed = inner[:, start:stop]
+                _, response = fc1_response(needed, fc1.weight, fc1.bias, shifted, "tanh", keep_hidden=False)
             collected.append(response)
         return torch.stack(collected, dim=1), self.logits(x, condition) if with_logits else None
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastmem.backends.select import UnitUpdate
 from fastmem.data.decoding import Skipped
 from fastmem.data.manifest import Manifest
 from fastmem.models.model import TokenOutcomes
@@ -37,7 +38,7 @@ class RunningSet:
     """Statistics of one set so far; a work unit at a time is open and belongs to nothing until it is whole.
 
     builder: of all images; matched_builder: of those that ``matched`` (bool, by manifest position) marks, None where
-    there is no such mask; losses: None where none are kept.
+    there is no such mask; losses: None where none are kept; unit_update: the backend's operator, None for plain torch.
     """
 
     manifest: Manifest
@@ -45,6 +46,7 @@ class RunningSet:
     matched: np.ndarray | None = None
     matched_builder: StatsBuilder | None = None
     losses: ImageLosses | None = None
+    unit_update: UnitUpdate | None = None
     skipped: list[Skipped] = field(default_factory=list)
     units: int = 0
 
@@ -69,7 +71,8 @@ class RunningSet:
         ids = torch.from_numpy(self.manifest.ids[seen.positions])
         for i in np.unique(folds[mask]):
             rows = torch.from_numpy(np.flatnonzero(folds == i))
-            unit[i] = unit[i].update(seen.responses[rows.to(seen.responses.device)], ids[rows])
+            found = seen.responses[rows.to(seen.responses.device)]
+            unit[i] = unit[i].update_by(self.unit_update, found, ids[rows])
 
     def skip(self, skipped: Sequence[Skipped]) -> None:
         """Note images of the open work unit that could not be read."""

@@ -158,6 +158,8 @@ class _Scorer:
         manifests = self._manifests(sets)
         for manifest in manifests.values():
             check_labels(self.model, manifest)
+        if self.backend.missed:
+            self.reporter.note(f"backend torch, because the faster one is missing: {self.backend.missed}")
         named, known = len(manifests["train"].classes), self.model.num_classes
         if named != known:
             self.reporter.note(
@@ -334,6 +336,7 @@ class _Scorer:
             mask,
             None if mask is None else self._builder(False, None),
             ImageLosses.zero(len(manifest), self.settings.unconditional) if self.settings.per_image else None,
+            unit_update=self.backend.unit_update_,
         )
         if self.folder is not None and self.folder.state_file.exists():
             tensors, header = read_tensors(self.folder.state_file, STATE_SCHEMA)

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastmem.backends.select import UnitUpdate
+
 LARGEST = 4
 Shape = tuple[int, int, int]
 
@@ -191,6 +193,16 @@ class Fold:
             self.view_total + spread,
             self.largest.update(per_image, image_ids),
         )
+
+    def update_by(self, kernel: UnitUpdate | None, responses: Tensor, image_ids: Tensor) -> Fold:
+        """As ``update``, by a backend's kernel that works in place on this fold's own tensors; None runs ``update``."""
+        if kernel is None:
+            return self.update(responses, image_ids)
+        m, top = self.moments, self.largest
+        ids = image_ids.to(responses.device)
+        kernel(m.mean, m.m2, self.view_total, top.value, top.image, m.count, responses, ids)
+        m.count += len(responses)
+        return self
 
     def merge(self, other: Fold) -> Fold:
         return Fold(
