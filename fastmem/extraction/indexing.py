@@ -6,39 +6,35 @@ killed goes on with the batches it would have had. At the end they are folded in
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from fastmem.data.decoding import Skipped
 from fastmem.data.loading import load_views
 from fastmem.data.manifest import Manifest
 from fastmem.data.sources import ImageSource
 from fastmem.errors import InputFileError, UsageError
 from fastmem.extraction import store
 from fastmem.extraction.embedding import DIMENSIONS, Embedder, SquareResize
-from fastmem.extraction.index import (
+from fastmem.extraction.index_files import (
     IndexHeader,
     check_same_embedder,
     read_header,
     read_images,
     remove_leftovers,
-    training_rows,
     write_index,
 )
-from fastmem.files import read_json, read_tensors, write_json, write_tensors
+from fastmem.extraction.pending import PendingPart, read_pending
+from fastmem.files import read_json, write_json
 from fastmem.models.registry import home
 from fastmem.runs import Interruption, check_writable
 
 BUILD_SCHEMA = "fastmem.index-build/1"
-PENDING_SCHEMA = "fastmem.index-pending/1"
-SAVE_SECONDS = 60.0
-SAVE_IMAGES = 8192
 
 
 @dataclass(frozen=True)
@@ -90,13 +86,13 @@ def build_index(
     """Embed every image of ``source`` and make the index of the set, or extend one by the images that it lacks.
 
     out: its folder; None takes the set's own below FASTMEM_HOME, which is used again when it is there. factory: faiss's
-    string, by default the index's own, and exact (``Flat``) for a new one. resume: go on where a run was interrupted, or
-    extend what is there. batch_size: images of one call of the embedder; workers: decoding processes; seed: of the
+    string, by default the index's own, and exact (``Flat``) for a new one. resume: go on where a run was interrupted,
+    or extend what is there. batch_size: images of one call of the embedder; workers: decoding processes; seed: of the
     images an approximate index is trained and measured on.
 
-    Raises: UsageError where ``out`` holds an index and ``resume`` is off, one of another embedder or factory, or cannot be
-    written; InputFileError where not one image can be read or a file of the index is damaged. KeyboardInterrupt keeps
-    what was finished.
+    Raises: UsageError where ``out`` holds an index and ``resume`` is off, one of another embedder or factory, or cannot
+    be written, or where there are fewer images than the factory has cells; InputFileError where not one image can be
+    read or a file of the index is damaged. KeyboardInterrupt keeps what was finished.
     """
     manifest = Manifest.build(source)
     folder = Path(out) if out is not None else default_index_folder(manifest, embedder)
@@ -104,7 +100,7 @@ def build_index(
         raise UsageError(f"expected a batch size of at least 1 image, got {batch_size}")
     check_writable(folder)
     header = _existing(folder, embedder, resume or out is None)
-    build = _Build(folder, embedder, header, _agree_on_factory(folder, header, factory), seed)
+    build = _Build(folder, embedder, header, _agree_on_factory(folder, header, factory, len(manifest)), seed)
     return build.run(source, manifest, batch_size or embedder.batch_size, workers, reporter or IndexReporter())
 
 
@@ -114,26 +110,35 @@ def _existing(folder: Path, embedder: Embedder, resume: bool) -> IndexHeader | N
     started = (folder / "pending" / "build.json").exists()
     if (header or started) and not resume:
         raise UsageError(
-            f"expected a new folder for the index, got {folder}, which holds one: continue or extend it with --resume, or "
-            "choose another --out"
+            f"expected a new folder for the index, got {folder}, which holds one: continue or extend it with --resume, "
+            "or choose another --out"
         )
     if header is not None:
         check_same_embedder(folder, header, embedder.name, embedder.digest)
     return header
 
 
-def _agree_on_factory(folder: Path, header: IndexHeader | None, factory: str | None) -> str:
-    """The factory of what is there, or the one asked for. Raises: UsageError where they differ or it cannot be used."""
+def _agree_on_factory(folder: Path, header: IndexHeader | None, factory: str | None, images: int) -> str:
+    """The factory of the index there, or the one asked for, now or before an interruption.
+
+    Raises: UsageError where that of a finished index differs, or where it cannot be used.
+    """
     file = folder / "pending" / "build.json"
-    before = header.factory if header else None
-    if before is None and file.exists():
-        before = str(read_json(file, BUILD_SCHEMA).get("factory"))
-    if before is not None and factory not in (None, before):
+    if header is not None:
+        if factory not in (None, header.factory):
+            raise UsageError(
+                f"expected --factory {header.factory} as in the index {folder}, got {factory}: leave it out, or choose "
+                "another --out"
+            )
+        return header.factory
+    if factory is None and file.exists():
+        factory = str(read_json(file, BUILD_SCHEMA).get("factory"))
+    chosen = factory or store.EXACT
+    cells = getattr(store.new_index(chosen), "nlist", 1)
+    if images < cells:
         raise UsageError(
-            f"expected --factory {before} as in the index {folder}, got {factory}: leave it out, or choose another --out"
+            f"expected at least {cells} images for {cells} cells, got {images}: use fewer or {store.EXACT}"
         )
-    chosen = before or factory or store.EXACT
-    store.new_index(chosen)
     return chosen
 
 
@@ -155,8 +160,7 @@ class _Build:
         batches = [left[start : start + batch_size] for start in range(0, len(left), batch_size)]
         reporter.planned(self._plan(source, manifest, batches, len(done) + len(self.known)))
         if len(left):
-            identity = {"embedder": self.embedder.name, "digest": self.embedder.digest, "factory": self.factory}
-            write_json(self.folder / "pending" / "build.json", {"schema": BUILD_SCHEMA, **identity})
+            write_json(self.folder / "pending" / "build.json", {"schema": BUILD_SCHEMA, "factory": self.factory})
         pending += self._embed(source, manifest, batches, len(pending), workers, reporter)
         if pending:
             self.header = self._fold(pending, source, manifest)
@@ -165,7 +169,7 @@ class _Build:
         return IndexResult(self.folder, self.header, len(left), time.monotonic() - started)
 
     def _pending(self) -> tuple[np.ndarray, list[Path]]:
-        """Ids that are done but not in the index, and their files; those that an index folded in already are dropped."""
+        """Ids that are done but not in the index, and their files; those that are in it already are dropped."""
         files, done = [], [np.empty(0, np.int64)]
         for path in sorted((self.folder / "pending").glob("*.safetensors")):
             ids, _, header = read_pending(path, self.embedder)
@@ -204,7 +208,7 @@ class _Build:
     ) -> list[Path]:
         """Embed batches of manifest positions into new pending files, numbered from ``number``."""
         files: list[Path] = []
-        part = _Part(manifest)
+        part = PendingPart(manifest)
         with Interruption() as interruption:
             for positions, batch in zip(
                 batches, load_views(source, manifest, batches, SquareResize(self.embedder.size), workers), strict=True
@@ -216,7 +220,7 @@ class _Build:
                     files.append(
                         part.save(self.folder / "pending" / f"{number + len(files):06d}.safetensors", self.embedder)
                     )
-                    part = _Part(manifest)
+                    part = PendingPart(manifest)
                 if interruption.requested:
                     raise KeyboardInterrupt
             if part.taken:
@@ -239,6 +243,8 @@ class _Build:
             names += header["names"]
             skipped |= {s["name"]: s["reason"] for s in header["skipped"]}
         if not index.ntotal:
+            # so that a run with mended files does not take them for done
+            shutil.rmtree(self.folder / "pending")
             name, reason = next(iter(skipped.items()))
             raise InputFileError(
                 f"expected images that can be read in {source.description}, got {len(skipped)} that cannot, the first "
@@ -267,65 +273,9 @@ class _Build:
     def _training_vectors(self, files: list[Path]) -> np.ndarray:
         """Vectors to train on, float32 [n,512], drawn evenly from the pending ones by the seed."""
         counts = [len(read_pending(path, self.embedder)[0]) for path in files]
-        chosen, start, found = training_rows(sum(counts), self.seed), 0, []
+        chosen, start, found = store.training_rows(sum(counts), self.seed), 0, []
         for path, count in zip(files, counts, strict=True):
             rows = chosen[(chosen >= start) & (chosen < start + count)] - start
             found.append(read_pending(path, self.embedder)[1][rows])
             start += count
         return np.concatenate(found)
-
-
-class _Part:
-    """Vectors on their way into one pending file."""
-
-    def __init__(self, manifest: Manifest) -> None:
-        self._manifest = manifest
-        self._rows: list[np.ndarray] = []
-        self._vectors = [np.empty((0, DIMENSIONS), np.float32)]
-        self._missing: list[np.ndarray] = []
-        self._skipped: list[Skipped] = []
-        self._started = time.monotonic()
-        self.taken = 0
-
-    def take(self, asked: np.ndarray, rows: np.ndarray, vectors: np.ndarray | None, skipped: list[Skipped]) -> None:
-        """One batch: positions asked for, those that could be read with their vectors, and the rest with reasons."""
-        self.taken += len(asked)
-        self._rows.append(rows)
-        self._vectors += [] if vectors is None else [vectors]
-        self._missing.append(np.setdiff1d(asked, rows))
-        self._skipped += skipped
-
-    def is_due(self) -> bool:
-        return self.taken >= SAVE_IMAGES or time.monotonic() - self._started > SAVE_SECONDS
-
-    def save(self, path: Path, embedder: Embedder) -> Path:
-        rows, missing = np.concatenate(self._rows), np.concatenate(self._missing)
-        header = {
-            "embedder": embedder.name,
-            "digest": embedder.digest,
-            "names": self._manifest.names[rows].tolist(),
-            "skipped": [asdict(s) for s in self._skipped],
-            "skipped_ids": self._manifest.ids[missing].tolist(),
-        }
-        tensors = {"ids": self._manifest.ids[rows], "vectors": np.concatenate(self._vectors)}
-        write_tensors(path, {k: torch.from_numpy(v) for k, v in tensors.items()}, PENDING_SCHEMA, header)
-        return path
-
-
-def read_pending(path: Path, embedder: Embedder) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-    """Ids int64 [n], vectors float32 [n,512] and header of one pending file.
-
-    Raises: InputFileError where it is damaged; UsageError where another embedder made it.
-    """
-    tensors, header = read_tensors(path, PENDING_SCHEMA)
-    if (header.get("embedder"), header.get("digest")) != (embedder.name, embedder.digest):
-        raise UsageError(
-            f"expected vectors of {embedder.name} in {path}, got those of {header.get('embedder')}: resume with the same "
-            "embedder, or choose another --out"
-        )
-    ids, vectors = (tensors[name].numpy() if name in tensors else np.empty(0) for name in ("ids", "vectors"))
-    lists = [header.get(name) for name in ("names", "skipped", "skipped_ids")]
-    whole = ids.dtype == np.int64 and vectors.dtype == np.float32 and vectors.shape == (len(ids), DIMENSIONS)
-    if not whole or not all(isinstance(value, list) for value in lists) or len(lists[0]) != len(ids):
-        raise InputFileError(f"expected vectors with ids and names in {path}, got others: remove that file and resume")
-    return ids, vectors, header

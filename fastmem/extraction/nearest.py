@@ -79,7 +79,7 @@ class TorchNearest:
 
 
 def choose_nearest(index: Any, device: torch.device, note: Callable[[str], None]) -> Nearest:
-    """The fastest place that works on ``device``; ``note`` is told where a GPU was asked for and something else runs."""
+    """The fastest place that works on ``device``; ``note`` is told where it is a GPU and something else runs."""
     on_cpu = FaissNearest(index, "faiss-cpu", index.ntotal)
     if device.type != "cuda" or not is_exact(index):
         return on_cpu

@@ -1,7 +1,7 @@
-"""What faiss is asked to do: indexes that keep whole vectors, made from a factory string, and checked before they are read.
+"""What faiss is asked to do: indexes that keep whole vectors, made from a factory string, checked before they are read.
 
-An index whose vectors are compressed would give cosines that are not the images', so only those that keep them whole are
-taken: ``Flat`` (exact), ``HNSW32``, ``IVF1024,Flat`` and their like. faiss is loaded here alone.
+An index whose vectors are compressed would give cosines that are not the images', so only those that keep them whole
+are taken: ``Flat`` (exact), ``HNSW32``, ``IVF1024,Flat`` and their like.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def train(index: Any, vectors: np.ndarray) -> None:
         index.train(vectors)
     except RuntimeError as error:
         raise UsageError(
-            f"expected at least {index.nlist} images for {index.nlist} cells, got {len(vectors)}: use fewer cells or Flat"
+            f"expected at least {index.nlist} images for {index.nlist} cells, got {len(vectors)}: use fewer or Flat"
         ) from error
 
 
@@ -129,7 +129,7 @@ def set_effort(index: Any, effort: int) -> None:
 def tune(index: Any, seed: int) -> tuple[int, float]:
     """Raise an approximate index's effort until its recall is 0.95 or nothing is left to raise; returns both.
 
-    Recall: the share of the 10 nearest other images, by exact search, that are found, over 256 images drawn by ``seed``.
+    Recall: the share of the 10 nearest other images, by exact search, that are found, over 256 drawn by ``seed``.
     """
     count = index.ntotal
     rows = np.sort(np.random.default_rng(seed).choice(count, min(RECALL_QUERIES, count), replace=False))
@@ -173,3 +173,8 @@ def _recall(own: np.ndarray, truth: np.ndarray, found: np.ndarray) -> float:
 
 def _damaged(path: Path, what: str) -> InputFileError:
     return InputFileError(f"expected the vectors of an index in {path}, got {what}: make the index again")
+
+
+def training_rows(total: int, seed: int) -> np.ndarray:
+    """Which of ``total`` rows an index is trained on, int64 ascending, at most 262,144."""
+    return np.sort(np.random.default_rng(seed).choice(total, min(total, TRAINING_VECTORS), replace=False))
