@@ -54,10 +54,10 @@ def command(
     """Embeds a training set with SSCD and makes the index that extraction searches.
 
     Every image is resized to 320x320 as published, whatever its shape, and becomes a vector of 512. Without --data the
-    folder that FASTMEM_DATA names is taken, or else the embedded images. Vectors are kept whole, so cosines are those of
-    the images with every factory; Flat compares with every image, HNSW32 and IVF1024,Flat with some, and their recall is
-    measured and noted. HNSW is built by one thread, so that equal inputs make equal files. An image set that has grown
-    is embedded only where it is new, with --resume.
+    folder that FASTMEM_DATA names is taken, or else the embedded images. Vectors are kept whole, so cosines are those
+    of the images with every factory; Flat compares with every image, HNSW32 and IVF1024,Flat with some, and their
+    recall is measured and noted. HNSW is built by one thread, so that equal inputs make equal files. An image set that
+    has grown is embedded only where it is new, with --resume.
     """
     if merge:
         refused = {"--data": data, "--classes": classes, "--sscd": sscd, "--resume": resume}
@@ -104,9 +104,9 @@ def open_images(data: str | None, classes: str | None) -> ImageSource:
 
 def describe(plan: IndexPlan) -> str:
     """One line before long work: images, bytes on disk, and how long at the measured speed."""
-    known = f" ({plan.known:,} are done)" if plan.known else ""
+    images = f"{plan.images:,} images" + (f" ({plan.known:,} are done)" if plan.known else "")
     time_left = f", about {duration(plan.seconds)} at the measured speed" if plan.seconds is not None else ""
-    return f"embedding {plan.images:,} images{known} with {plan.embedder}, about {size(plan.disk_bytes)} on disk{time_left}"
+    return f"embedding {images} with {plan.embedder}, about {size(plan.disk_bytes)} on disk{time_left}"
 
 
 def _merge(

@@ -136,9 +136,7 @@ def _agree_on_factory(folder: Path, header: IndexHeader | None, factory: str | N
     chosen = factory or store.EXACT
     cells = getattr(store.new_index(chosen), "nlist", 1)
     if images < cells:
-        raise UsageError(
-            f"expected at least {cells} images for {cells} cells, got {images}: use fewer or {store.EXACT}"
-        )
+        raise UsageError(f"expected at least {cells} images for {cells} cells, got {images}: use fewer or Flat")
     return chosen
 
 
