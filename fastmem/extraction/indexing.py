@@ -35,6 +35,7 @@ from fastmem.models.registry import home
 from fastmem.runs import Interruption, check_writable
 
 BUILD_SCHEMA = "fastmem.index-build/1"
+FOLD_BLOCK = 16_384
 
 
 @dataclass(frozen=True)
@@ -231,16 +232,12 @@ class _Build:
         """Put the pending vectors into the index, in order, and write it."""
         ids, names, skipped = self._rows_before()
         skipped |= {s.name: s.reason for s in source.skipped}
-        index = self._index_before()
-        if not index.is_trained:
-            store.train(index, self._training_vectors(files))
         for path in files:
-            new, vectors, header = read_pending(path, self.embedder)
-            store.add(index, vectors)
+            new, _, header = read_pending(path, self.embedder)
             ids.append(new)
             names += header["names"]
             skipped |= {s["name"]: s["reason"] for s in header["skipped"]}
-        if not index.ntotal:
+        if not names:
             # so that a run with mended files does not take them for done
             shutil.rmtree(self.folder / "pending")
             name, reason = next(iter(skipped.items()))
@@ -250,11 +247,28 @@ class _Build:
             )
         for name in names:
             skipped.pop(name, None)
+        index = self._index_before()
+        if not index.is_trained:
+            store.train(index, self._training_vectors(files))
+        self._add(index, files)
         manifests = dict.fromkeys((*(self.header.manifests if self.header else ()), manifest.hash))
         identity = (self.embedder.name, self.embedder.digest)
         return write_index(
             self.folder, index, np.concatenate(ids), names, identity, self.factory, tuple(manifests), skipped, self.seed
         )
+
+    def _add(self, index: Any, files: list[Path]) -> None:
+        """Add the pending vectors in blocks of one size.
+
+        A graph depends on what is added together, so it must not depend on where a run was interrupted.
+        """
+        waiting = np.empty((0, DIMENSIONS), np.float32)
+        for path in files:
+            waiting = np.concatenate([waiting, read_pending(path, self.embedder)[1]])
+            while len(waiting) >= FOLD_BLOCK:
+                store.add(index, waiting[:FOLD_BLOCK])
+                waiting = waiting[FOLD_BLOCK:]
+        store.add(index, waiting)
 
     def _rows_before(self) -> tuple[list[np.ndarray], list[str], dict[str, str]]:
         if self.header is None:

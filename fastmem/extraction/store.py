@@ -52,6 +52,8 @@ def train(index: Any, vectors: np.ndarray) -> None:
         raise UsageError(
             f"expected at least {index.nlist} images for {index.nlist} cells, got {len(vectors)}: use fewer or Flat"
         ) from error
+    # kept up to date by every addition, it finds a vector by its row
+    index.make_direct_map()
 
 
 def add(index: Any, vectors: np.ndarray) -> None:
@@ -68,8 +70,6 @@ def add(index: Any, vectors: np.ndarray) -> None:
 
 def write(index: Any, path: Path) -> None:
     """Write an index to a file. Raises: OSError where there is no room."""
-    if isinstance(index, faiss.IndexIVFFlat):
-        index.make_direct_map()
     try:
         faiss.write_index(index, str(path))
     except RuntimeError as error:
