@@ -373,6 +373,28 @@ def test_a_run_that_ends_while_it_writes_the_index_resumes_to_the_same_bytes(tmp
     assert folder_bytes(tmp_path / "parts") == folder_bytes(tmp_path / "whole")
 
 
+def test_pending_files_that_are_left_over_are_not_written_over(tmp_path, monkeypatch):
+    """An index was finished and its pending files not removed; one of them names only a broken file."""
+    write_folder(tmp_path / "data", range(3))
+    build_index(FolderSource(tmp_path / "data"), FakeEmbedder(), tmp_path / "index")
+    write_folder(tmp_path / "data", range(3, 20))
+    broken = "class-0/018.png"
+    (tmp_path / "data" / broken).write_bytes(b"")
+    grown = FolderSource(tmp_path / "data")
+    header = {"embedder": "fake-32", "digest": "f" * 64, "names": [], "skipped": [{"name": broken, "reason": "empty"}]}
+    header["skipped_ids"] = grown.ids[grown.names == broken].tolist()
+    tensors = {"ids": torch.empty(0, dtype=torch.int64), "vectors": torch.empty(0, 512)}
+    write_tensors(tmp_path / "index" / "pending" / "000001.safetensors", tensors, pending.PENDING_SCHEMA, header)
+    known = EmbeddingIndex(tmp_path / "index", "cpu")
+    header |= {"names": known.names.to_pylist(), "skipped": [], "skipped_ids": []}
+    tensors = {"ids": torch.tensor(known.ids), "vectors": torch.from_numpy(known.vectors(known.ids))}
+    write_tensors(tmp_path / "index" / "pending" / "000000.safetensors", tensors, pending.PENDING_SCHEMA, header)
+    monkeypatch.setattr(pending, "SAVE_IMAGES", 3)
+    result = build_index(grown, FakeEmbedder(), tmp_path / "index", resume=True)
+    assert (result.header.count, [s["name"] for s in result.header.skipped]) == (19, [broken])
+    assert len(EmbeddingIndex(tmp_path / "index", "cpu").ids) == 19
+
+
 def test_an_interrupted_run_keeps_its_factory_and_embedder(tmp_path, monkeypatch):
     def stop(images: int) -> None:
         signal.raise_signal(signal.SIGINT)
@@ -516,7 +538,7 @@ def test_a_matrix_product_proposes_what_faiss_proposes(tmp_path, monkeypatch, co
 def test_a_gpu_that_faiss_cannot_use_is_searched_by_torch_and_said_aloud(tmp_path, monkeypatch):
     index = make_index(tmp_path, unit(0, 100))
     notes: list[str] = []
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 10**9))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**10, 10**10))
     monkeypatch.setattr(nearest, "gpu_problem", lambda: "faiss 1.0 fails its own search there (status -6)")
     monkeypatch.setattr(nearest, "TorchNearest", lambda index, device: (index, device))
     chosen = nearest.choose_nearest(index._index, torch.device("cuda"), notes.append)

@@ -185,16 +185,13 @@ class TorchScriptEmbedder:
         """
         _check_pixels(pixels, self.size)
         images = torch.from_numpy(pixels).to(self._device).permute(0, 3, 1, 2).float() / 255
-        tf32, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):
                 found = self._network((images - self._mean) / self._std)
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
             raise _wrong_network(self._path, _first_line(error)) from error
-        finally:
-            torch.backends.cudnn.allow_tf32 = tf32
         return _unit_vectors(found.cpu().numpy() if isinstance(found, Tensor) else found, len(pixels), self._path)
 
 

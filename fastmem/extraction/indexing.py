@@ -160,7 +160,9 @@ class _Build:
         reporter.planned(self._plan(source, manifest, batches, len(done) + len(self.known)))
         if len(left):
             write_json(self.folder / "pending" / "build.json", {"schema": BUILD_SCHEMA, "factory": self.factory})
-        pending += self._embed(source, manifest, batches, len(pending), workers, reporter)
+        # files of a finished index may be gone from among them, so the count is not the next number
+        number = 1 + max((int(path.stem) for path in pending), default=-1)
+        pending += self._embed(source, manifest, batches, number, workers, reporter)
         if pending:
             self.header = self._fold(pending, source, manifest)
         else:
@@ -208,24 +210,24 @@ class _Build:
         """Embed batches of manifest positions into new pending files, numbered from ``number``."""
         files: list[Path] = []
         part = PendingPart(manifest)
+
+        def save() -> None:
+            path = self.folder / "pending" / f"{number + len(files):06d}.safetensors"
+            files.append(part.save(path, self.embedder))
+
+        loaded = load_views(source, manifest, batches, SquareResize(self.embedder.size), workers)
         with Interruption() as interruption:
-            for positions, batch in zip(
-                batches, load_views(source, manifest, batches, SquareResize(self.embedder.size), workers), strict=True
-            ):
+            for positions, batch in zip(batches, loaded, strict=True):
                 vectors = self.embedder(batch.views[:, 0].numpy()) if len(batch.positions) else None
                 part.take(positions, batch.positions, vectors, batch.skipped)
                 reporter.advance(len(positions))
                 if interruption.requested or part.is_due():
-                    files.append(
-                        part.save(self.folder / "pending" / f"{number + len(files):06d}.safetensors", self.embedder)
-                    )
+                    save()
                     part = PendingPart(manifest)
                 if interruption.requested:
                     raise KeyboardInterrupt
             if part.taken:
-                files.append(
-                    part.save(self.folder / "pending" / f"{number + len(files):06d}.safetensors", self.embedder)
-                )
+                save()
         return files
 
     def _fold(self, files: list[Path], source: ImageSource, manifest: Manifest) -> IndexHeader:

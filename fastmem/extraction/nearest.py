@@ -21,8 +21,8 @@ from fastmem.extraction.store import is_exact, vectors_at
 # faiss's own limit on a GPU
 GPU_WIDTH = 2048
 BLOCK = 131_072
-# beside the vectors, a search on a GPU needs room for scores
-ROOM = 1.25
+# beside the vectors, a search on a GPU needs room for scores; faiss takes 1.5 GiB at once
+ROOM = 2 * 2**30
 
 _SELF_TEST = """
 import faiss, numpy as np
@@ -83,7 +83,7 @@ def choose_nearest(index: Any, device: torch.device, note: Callable[[str], None]
     on_cpu = FaissNearest(index, "faiss-cpu", index.ntotal)
     if device.type != "cuda" or not is_exact(index):
         return on_cpu
-    free, needed = torch.cuda.mem_get_info(device)[0], int(index.ntotal * DIMENSIONS * 4 * ROOM)
+    free, needed = torch.cuda.mem_get_info(device)[0], index.ntotal * DIMENSIONS * 4 + ROOM
     if needed > free:
         note(f"searching on the CPU: the vectors need {needed:,} bytes on {device}, which has {free:,} free")
         return on_cpu
