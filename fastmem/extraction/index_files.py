@@ -96,6 +96,9 @@ def read_header(folder: Path) -> IndexHeader:
     types |= {"manifests": list, "skipped": list}
     wrong = [f.name for f in fields(IndexHeader) if not isinstance(document.get(f.name), types[f.name])]
     wrong += [name for name in document if name not in types]
+    if not wrong:
+        rows = all(isinstance(row, dict) and row.keys() == {"name", "reason"} for row in document["skipped"])
+        wrong += [] if rows else ["skipped"]
     if wrong or document["count"] < 1:
         raise InputFileError(
             f"expected a whole {SCHEMA} document in {folder / 'index.json'}, got a wrong {(wrong or ['count'])[0]}: "
