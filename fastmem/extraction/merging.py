@@ -58,15 +58,20 @@ def _distinct(parts: Sequence[EmbeddingIndex]) -> list[np.ndarray]:
         for before in parts[:number]:
             both = before.contains(part.ids)
             shared = part.ids[both]
-            different = np.abs(part.vectors(shared) - before.vectors(shared)).max(1, initial=0) > CLOSE
-            if different.any():
-                raise UsageError(
-                    f"expected an image to have one vector, got two for {part.name(shared[different.argmax()])} in "
-                    f"{before.path} and {part.path}: different images have the same class and name, so rename one set"
-                )
+            for start in range(0, len(shared), BLOCK):
+                _check_equal(part, before, shared[start : start + BLOCK])
             known |= both
         kept.append(np.flatnonzero(~known))
     return kept
+
+
+def _check_equal(part: EmbeddingIndex, before: EmbeddingIndex, ids: np.ndarray) -> None:
+    different = np.abs(part.vectors(ids) - before.vectors(ids)).max(1) > CLOSE
+    if different.any():
+        raise UsageError(
+            f"expected an image to have one vector, got two for {part.name(ids[different.argmax()])} in {before.path} and "
+            f"{part.path}: different images have the same class and name, so rename one set"
+        )
 
 
 def _sample(parts: Sequence[EmbeddingIndex], kept: Sequence[np.ndarray], seed: int) -> np.ndarray:
