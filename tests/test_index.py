@@ -428,7 +428,10 @@ def test_merged_indexes_find_what_their_parts_find(tmp_path, factory):
         make_index(tmp_path / "b", vectors[15:40], ids[15:40], "HNSW16"),
         make_index(tmp_path / "c", vectors[40:], ids[40:], "IVF2,Flat"),
     ]
+    broken = [{"name": name, "reason": "empty"} for name in ("class/60", "class/61")]
+    changed(tmp_path / "a" / "index.json", skipped=broken)
     header = merge_indexes([part.path for part in parts], tmp_path / "merged", factory)
+    assert [s["name"] for s in header.skipped] == ["class/61"]
     merged = EmbeddingIndex(tmp_path / "merged", "cpu")
     assert (header.count, header.factory, merged.ids.tolist()) == (50, factory, ids.tolist())
     assert merged.name(60) == "class/60"

@@ -44,7 +44,10 @@ def merge_indexes(
             store.add(index, part.vectors(part.ids[rows[start : start + BLOCK]]))
     ids = np.concatenate([part.ids[rows] for part, rows in zip(parts, kept, strict=True)])
     names = [name for part, rows in zip(parts, kept, strict=True) for name in part.names.take(rows).to_pylist()]
+    # a file that was broken in one set may be whole in another
     skipped = {s["name"]: s["reason"] for part in parts for s in part.header.skipped}
+    for name in skipped.keys() & set(names):
+        del skipped[name]
     manifests = tuple(dict.fromkeys(m for part in parts for m in part.header.manifests))
     first = parts[0].header
     return write_index(folder, index, ids, names, (first.embedder, first.digest), factory, manifests, skipped, seed)
@@ -69,8 +72,8 @@ def _check_equal(part: EmbeddingIndex, before: EmbeddingIndex, ids: np.ndarray) 
     different = np.abs(part.vectors(ids) - before.vectors(ids)).max(1) > CLOSE
     if different.any():
         raise UsageError(
-            f"expected an image to have one vector, got two for {part.name(ids[different.argmax()])} in {before.path} and "
-            f"{part.path}: different images have the same class and name, so rename one set"
+            f"expected an image to have one vector, got two for {part.name(ids[different.argmax()])} in {before.path} "
+            f"and {part.path}: different images have the same class and name, so rename one set"
         )
 
 
