@@ -19,6 +19,7 @@ COMMANDS = {
     "models": ("fastmem.cli.models", "What is known, where its files are, what is missing."),
     "fetch": ("fastmem.cli.fetch", "Downloads the official files, checks them, or says where to put them."),
     "score": ("fastmem.cli.score", "One pass over a training set: every unit's statistics and UnitMem."),
+    "index": ("fastmem.cli.index", "Embeds a training set with SSCD and makes the index that extraction searches."),
     "demo": ("fastmem.cli.demo", "Scores the embedded model on the embedded images."),
     "doctor": ("fastmem.cli.doctor", "What this machine offers, which backend will run, what is missing."),
 }

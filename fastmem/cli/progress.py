@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -18,6 +18,18 @@ LINE_SECONDS = 30.0
 @contextmanager
 def report_progress() -> Iterator[Reporter]:
     """A reporter for a scoring pass."""
+    with image_progress() as (start, advance):
+
+        def planned(plan: ScorePlan) -> None:
+            say(describe(plan))
+            start(plan.images + plan.heldout_images)
+
+        yield Reporter(note=say, planned=planned, advance=advance)
+
+
+@contextmanager
+def image_progress() -> Iterator[tuple[Callable[[int], None], Callable[[int], None]]]:
+    """Two functions: one that starts the count to a number of images, and one that tells how many more are done."""
     console = Console(stderr=True)
     bar = Progress(
         TextColumn("{task.description}"),
@@ -30,9 +42,7 @@ def report_progress() -> Iterator[Reporter]:
     )
     lines = _Lines()
 
-    def planned(plan: ScorePlan) -> None:
-        say(describe(plan))
-        total = plan.images + plan.heldout_images
+    def start(total: int) -> None:
         lines.start(total)
         bar.start()
         bar.add_task("images", total=total)
@@ -44,7 +54,7 @@ def report_progress() -> Iterator[Reporter]:
             lines.advance(images)
 
     try:
-        yield Reporter(note=say, planned=planned, advance=advance)
+        yield start, advance
     finally:
         bar.stop()
 
@@ -53,9 +63,9 @@ def describe(plan: ScorePlan) -> str:
     """One line before long work: images, views, bytes on disk, and how long at the measured speed."""
     images = f"{plan.images:,} images" + (f" + {plan.heldout_images:,} held-out" if plan.heldout_images else "")
     views = f"{plan.views} view{'s' * (plan.views > 1)}"
-    disk = f", about {_size(plan.disk_bytes)} on disk" if plan.disk_bytes else ""
-    duration = f", about {_duration(plan.seconds)} at the measured speed" if plan.seconds is not None else ""
-    return f"scoring {images} with {views} each{disk}{duration}"
+    disk = f", about {size(plan.disk_bytes)} on disk" if plan.disk_bytes else ""
+    time_left = f", about {duration(plan.seconds)} at the measured speed" if plan.seconds is not None else ""
+    return f"scoring {images} with {views} each{disk}{time_left}"
 
 
 class _Lines:
@@ -74,11 +84,12 @@ class _Lines:
             return
         self.said = now
         speed = self.here / (now - self.started)
-        left = _duration((self.total - self.done) / speed)
-        say(f"{self.done:,} of {self.total:,} images, {speed:.3g} images/s, about {left} left")
+        time_left = duration((self.total - self.done) / speed)
+        say(f"{self.done:,} of {self.total:,} images, {speed:.3g} images/s, about {time_left} left")
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds in words."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     if seconds < 90 * 60:
@@ -86,5 +97,6 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
 
 
-def _size(count: int) -> str:
+def size(count: int) -> str:
+    """Bytes in words."""
     return f"{count / 1e6:.0f} MB" if count < 1e9 else f"{count / 1e9:.1f} GB"
