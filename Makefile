@@ -10,7 +10,7 @@ setup: $(VENV)/.stamp
 
 # every step looks at what is there already, so an interrupted setup goes on where it stopped
 $(VENV)/.stamp: $(BUILD_FILES)
-	@echo "setup: installing everything into $(VENV); the first time that is about 5.5 GB, most of it torch, and takes minutes"
+	@echo "setup: installing everything into $(VENV); the first time that is about 7.5 GB, most of it torch and the CUDA libraries, and takes minutes"
 	@$(RUN) -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@$(PIP) --upgrade pip 'setuptools>=77' wheel
 	@command -v cmake > /dev/null || $(PIP) cmake || echo "setup: no cmake to be had, going on without the native operators"
