@@ -79,6 +79,23 @@ def test_a_full_mask_gives_the_same_pass(small_var, tokens, together, monkeypatc
         torch.testing.assert_close(small_var.logits(tokens, LABELS), expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("segments", [None, ["scale2"]], ids=["all", "scale2"])
+def test_responses_and_outcomes_from_one_pass_equal_those_of_two(small_var, tokens, segments):
+    found, outcomes = small_var.responses_and_outcomes(tokens, LABELS, segments)
+    torch.testing.assert_close(found, small_var.responses(tokens, LABELS, segments), atol=1e-6, rtol=0)
+    logits = small_var.logits(tokens, LABELS)
+    loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens, reduction="none")
+    torch.testing.assert_close(outcomes.loss, loss, atol=1e-5, rtol=0)
+    assert torch.equal(outcomes.hit, logits.argmax(-1) == tokens)
+
+
+def test_outcomes_without_a_class_are_those_of_the_unconditional_branch(small_var, tokens):
+    expected = small_var.forward_logits(tokens, torch.full_like(LABELS, -1))
+    loss = torch.nn.functional.cross_entropy(expected.transpose(1, 2), tokens, reduction="none")
+    torch.testing.assert_close(small_var.outcomes(tokens, None).loss, loss, atol=1e-5, rtol=0)
+    assert not torch.allclose(loss, small_var.outcomes(tokens, LABELS).loss)
+
+
 def test_large_scales_are_attended_alone_and_small_ones_together():
     with torch.device("meta"):
         network = VAR(VARConfig(depth=1))

@@ -379,22 +379,24 @@ class VARModel(Model):
         return tuple(dict.fromkeys(min(self.bounds, key=lambda end: abs(end - share)) for share in shares))
 
     def forward_logits(self, tokens: Tensor, labels: Tensor) -> Tensor:
+        return self.generator(self._inputs(tokens, len(self.bounds) - 1), labels)
+
+    def _inputs(self, tokens: Tensor, scales: int) -> Tensor:
         # the tokenizer stays float32 also where a training runs the generator in half precision
         with torch.autocast(tokens.device.type, enabled=False):
-            inputs = self.tokenizer.quantize.inputs(tokens, len(self.bounds) - 1)
-        return self.generator(inputs, labels)
+            return self.tokenizer.quantize.inputs(tokens, scales)
 
     def _responses(self, tokens: Tensor, labels: Tensor, spans: Sequence[tuple[int, int]], backend: Backend) -> Tensor:
         # no scale sees a finer one, so the pass ends with the last scale that is asked for
         last = max(stop for _, stop in spans)
         scales = next(k for k, end in enumerate(self.bounds) if end >= last)
-        inputs = self.tokenizer.quantize.inputs(tokens, scales)
+        inputs = self._inputs(tokens, scales)
         return self.generator.responses(inputs, labels, spans, backend.fc1_response)
 
     def _responses_and_logits(
         self, tokens: Tensor, labels: Tensor, spans: Sequence[tuple[int, int]], backend: Backend
     ) -> tuple[Tensor, Tensor]:
-        inputs = self.tokenizer.quantize.inputs(tokens, len(self.bounds) - 1)
+        inputs = self._inputs(tokens, len(self.bounds) - 1)
         return self.generator.responses_and_logits(inputs, labels, spans, backend.fc1_response)
 
     def _generate(
