@@ -225,7 +225,7 @@ class Model(ABC):
         else:
             labels = self._check_labels(labels, len(tokens))
         chunks = (c.split(self._rows_of_logits) for c in (tokens, labels))
-        return _join([_outcomes(self.forward_logits(t, y), t) for t, y in zip(*chunks, strict=True)], tokens)
+        return _join([_outcomes(self.forward_logits(t, y), t) for t, y in zip(*chunks, strict=True)])
 
     @torch.inference_mode()
     def responses_and_outcomes(
@@ -241,9 +241,7 @@ class Model(ABC):
             response, logits = self._responses_and_logits(t, y, spans, backend)
             responses.append(response)
             outcomes.append(_outcomes(logits, t))
-        if not responses:
-            return self._responses(tokens, labels, spans, backend), _join([], tokens)
-        return torch.cat(responses), _join(outcomes, tokens)
+        return torch.cat(responses), _join(outcomes)
 
     def candidate_scores(self, tokens: Tensor, labels: Tensor) -> Tensor:
         """Share of hits over the candidate positions, float32 [N]: where the arg max of the logits is the true token.
@@ -350,7 +348,5 @@ class Model(ABC):
         return labels.to(self.device, torch.int64)
 
 
-def _join(parts: Sequence[TokenOutcomes], tokens: Tensor) -> TokenOutcomes:
-    if not parts:
-        return TokenOutcomes(tokens.float(), tokens.bool())
+def _join(parts: Sequence[TokenOutcomes]) -> TokenOutcomes:
     return TokenOutcomes(torch.cat([p.loss for p in parts]), torch.cat([p.hit for p in parts]))
