@@ -7,7 +7,7 @@ import click
 from fastmem.cli.options import say
 from fastmem.cli.score import command as score_command
 from fastmem.data.manifest import Manifest
-from fastmem.demo.controls import Doses, format_membership, format_ownership, membership_by_dose, ownership
+from fastmem.demo.controls import format_membership, format_ownership, membership_by_dose, ownership
 from fastmem.demo.memorisation import an_eighth, dose_table, format_table
 from fastmem.errors import UsageError
 from fastmem.models.checkpoints import load_model
@@ -33,14 +33,12 @@ def command(ctx: click.Context, model: str | None, full: bool, out: str | None) 
         return
     folder = RunFolder(result.run)
     manifests = {split: Manifest.load(folder.manifest_file(split)) for split in ("train", "heldout")}
-    doses = Doses.of(manifests["train"])
     loaded = load_model(name)
     say(f"\ngenerating from the first {an_eighth(loaded)} of the {loaded.num_tokens} tokens of every image")
     click.echo(format_table(dose_table(loaded)))
-    click.echo(
-        f"\nMembership inference against held-out images:\n\n{format_membership(membership_by_dose(result, doses))}"
-    )
-    click.echo(f"\n{format_ownership(ownership(result, manifests, doses))}")
+    known = membership_by_dose(result, manifests["train"])
+    click.echo(f"\nMembership inference against held-out images:\n\n{format_membership(known)}")
+    click.echo(f"\n{format_ownership(ownership(result, manifests))}")
 
 
 def _choose(name: str | None) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -27,21 +26,14 @@ TITLES = {
 }
 
 
-@dataclass(frozen=True, eq=False)
-class Doses:
-    """The group of every training image of a run, in manifest order: its dose, or "twins"."""
-
-    groups: tuple[str, ...]
-
-    @classmethod
-    def of(cls, manifest: Manifest, doses: Mapping[str, int] | None = None) -> Doses:
-        """Groups of the images of ``manifest``; doses: shows per epoch by name, the shipped list when None."""
-        doses = json.loads(DOSE_FILE.read_text()) if doses is None else doses
-        group_of = {name: group for group, names in groups(doses).items() for name in names}
-        return cls(tuple(group_of[name] for name in manifest.names.tolist()))
+def dose_groups(manifest: Manifest) -> np.ndarray:
+    """The group of every training image, in manifest order: its dose, or "twins"; strings [N]."""
+    shipped = groups(json.loads(DOSE_FILE.read_text()))
+    group_of = {name: group for group, names in shipped.items() for name in names}
+    return np.array([group_of[name] for name in manifest.names.tolist()])
 
 
-def ownership(result: ScoreResult, manifests: Mapping[str, Manifest], doses: Doses) -> dict[str, list[GroupShare]]:
+def ownership(result: ScoreResult, manifests: Mapping[str, Manifest]) -> dict[str, list[GroupShare]]:
     """For each ranking, what the images of each dose own of the top 5 % of units.
 
     "gap" and "pooled" are over the training images that match the held-out set, "pooled" with the held-out images
@@ -49,7 +41,7 @@ def ownership(result: ScoreResult, manifests: Mapping[str, Manifest], doses: Dos
     """
     stats, heldout = result.train, result.heldout
     train_ids, heldout_ids = manifests["train"].ids, manifests["heldout"].ids
-    group = np.array(doses.groups)
+    group = dose_groups(manifests["train"])
     mask, _ = manifests["train"].match(manifests["heldout"], stats.origin["seed"])
     found = {}
     for by in ("unitmem", "within-class", "gap"):
@@ -63,23 +55,25 @@ def ownership(result: ScoreResult, manifests: Mapping[str, Manifest], doses: Dos
 
 
 def _in_order(shares: list[GroupShare]) -> list[GroupShare]:
-    def place(row: GroupShare) -> tuple[bool, bool, int]:
-        return row.group == HELDOUT, row.group == "twins", int(row.group) if row.group.isdecimal() else 0
-
-    return sorted(shares, key=place)
+    return sorted(shares, key=lambda row: _place(row.group))
 
 
-def membership_by_dose(result: ScoreResult, doses: Doses) -> dict[str, dict[str, Membership]]:
+def _place(group: str) -> tuple[bool, bool, int]:
+    """Doses in rising order, then twins, then held-out images."""
+    return group == HELDOUT, not group.isdecimal(), int(group) if group.isdecimal() else 0
+
+
+def membership_by_dose(result: ScoreResult, manifest: Manifest) -> dict[str, dict[str, Membership]]:
     """For every group, membership inference against all held-out images: by "loss", and "guided" where it was kept.
 
-    guided: the loss without a class minus the loss with it.
+    manifest: of the training images; guided: the loss without a class minus the loss with it.
     """
     train, heldout = result.train_losses, result.heldout_losses
     scores = {"loss": (-train.loss, -heldout.loss)}
     if train.guided is not None:
         scores["guided"] = (train.guided, heldout.guided)
-    group = np.array(doses.groups)
-    names = sorted(set(doses.groups), key=lambda name: (not name.isdecimal(), int(name) if name.isdecimal() else 0))
+    group = dose_groups(manifest)
+    names = sorted(set(group.tolist()), key=_place)
     return {
         name: {by: membership(members[group == name], others) for by, (members, others) in scores.items()}
         for name in names
