@@ -22,7 +22,7 @@ def scored(toy_model, toy_source, tmp_path_factory):
         toy_model, toy_source, heldout=heldout, segments=["last", "last-trained", "class"], check_classes=False
     )
     path = tmp_path_factory.mktemp("table") / "units.parquet"
-    write_unit_table(path, stats.train, stats.heldout, Manifest.build(toy_source))
+    write_unit_table(path, stats.train, stats.heldout, names_by_id(Manifest.build(toy_source)))
     return stats.train, stats.heldout, parquet.read_table(path).to_pydict()
 
 

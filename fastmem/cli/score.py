@@ -10,14 +10,12 @@ import click
 
 from fastmem.cli.options import JSON, MODEL, loading_options, print_json, running_options, say
 from fastmem.cli.progress import report_progress
-from fastmem.data.manifest import Manifest
 from fastmem.data.sources import ImageSource, embedded_source, open_source
 from fastmem.errors import InputFileError, UsageError
 from fastmem.models.checkpoints import load_model
 from fastmem.models.model import Model
 from fastmem.models.registry import find_entry
 from fastmem.report.score_report import ScoreFindings, write_report
-from fastmem.report.units import names_by_id
 from fastmem.runs import RunFolder, default_folder
 from fastmem.scoring import ScoreResult, score
 
@@ -157,10 +155,10 @@ def finish(
     if as_json:
         print_json(document)
     else:
-        _print_summary(document, found, names_by_id(Manifest.load(folder.manifest_file("train"))))
+        _print_summary(document, found)
 
 
-def _print_summary(document: dict[str, Any], found: ScoreFindings, names: dict[int, str]) -> None:
+def _print_summary(document: dict[str, Any], found: ScoreFindings) -> None:
     heldout = f" + {document['heldout_images']:,} held-out" if document["heldout_images"] else ""
     click.echo(
         f"{document['model']}: {document['images']:,}{heldout} images, {document['layers']} blocks x "
@@ -173,7 +171,7 @@ def _print_summary(document: dict[str, Any], found: ScoreFindings, names: dict[i
         for unit in found.top[:PRINTED_UNITS]:
             click.echo(
                 f"{unit.layer:>5} {unit.unit:>6}  {unit.segment:<14}{unit.unitmem:>8.3f}{unit.class_selectivity:>12.3f}"
-                f"  {names[unit.image_ids[0]]}"
+                f"  {found.names[unit.image_ids[0]]}"
             )
         click.echo()
     for reliable in found.reliability.values():

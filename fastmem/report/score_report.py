@@ -35,11 +35,13 @@ RANKINGS = ("unitmem", "within-class", "gap")
 class ScoreFindings:
     """What was found besides the statistics: the highest units, and the controls.
 
-    reliability: by ranking; gap: None without held-out images; membership: by score, empty where no losses were kept;
-    owned: units of the top 5 % that each training image owns, int64 [N] in manifest order, by ranking.
+    names: CLASS/NAME of the training images by id; reliability: by ranking; gap: None without held-out images;
+    membership: by score, empty where no losses were kept; owned: units of the top 5 % that each training image owns,
+    int64 [N] in manifest order, by ranking.
     """
 
     top: tuple[TopUnit, ...]
+    names: dict[int, str]
     reliability: dict[str, Reliability]
     gap: Gap | None
     membership: dict[str, Membership]
@@ -64,7 +66,7 @@ def find(result: ScoreResult, manifest: Manifest) -> ScoreFindings:
         for by in rankings
     }
     kept = {by: found for by, found in reliabilities.items() if found is not None}
-    return ScoreFindings(tuple(top), kept, found_gap, find_membership(result), owned)
+    return ScoreFindings(tuple(top), names_by_id(manifest), kept, found_gap, find_membership(result), owned)
 
 
 def _can_rank(by: str, stats: UnitStats, found_gap: Gap | None) -> bool:
@@ -101,7 +103,7 @@ def write_report(
     manifests = {split: Manifest.load(folder.manifest_file(split)) for split in splits}
     found = find(result, manifests["train"])
     tables = [path / "units.parquet", path / "images.parquet"]
-    write_unit_table(tables[0], stats, heldout, manifests["train"], found.gap)
+    write_unit_table(tables[0], stats, heldout, found.names, found.gap)
     losses = {"train": result.train_losses, "heldout": result.heldout_losses}
     write_image_table(tables[1], manifests, losses, found.owned)
     pictures = []
@@ -109,7 +111,7 @@ def write_report(
         pictures = [path / "unitmem-by-block.png", path / "top-images.png"]
         draw_unitmem_by_block(pictures[0], stats, heldout, model.name)
         title = f"{model.name}: the images behind the {len(found.top)} units of highest UnitMem"
-        draw_contact_sheet(pictures[1], found.top, source, names_by_id(manifests["train"]), title)
+        draw_contact_sheet(pictures[1], found.top, source, found.names, title)
     if len(stats.segments) >= HEATMAP_SEGMENTS and found.top:
         pictures.append(path / "unitmem-by-segment.png")
         draw_unitmem_heatmap(pictures[-1], stats, heldout, model.name)

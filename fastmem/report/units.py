@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,14 +62,16 @@ def names_by_id(manifest: Manifest) -> dict[int, str]:
 
 
 def write_unit_table(
-    path: Path, stats: UnitStats, heldout: UnitStats | None, manifest: Manifest, gap: Gap | None = None
+    path: Path, stats: UnitStats, heldout: UnitStats | None, names: Mapping[int, str], gap: Gap | None = None
 ) -> None:
-    """Write one row per (layer, segment, unit) with scores, moments and the largest images, whole or not at all."""
+    """Write one row per (layer, segment, unit) with scores, moments and the largest images, whole or not at all.
+
+    names: CLASS/NAME by image id.
+    """
     import pyarrow
     from pyarrow import parquet
 
     layers, segments, units = stats.shape
-    names = names_by_id(manifest)
     grid = torch.cartesian_prod(torch.arange(layers), torch.arange(segments), torch.arange(units))
 
     def flat(values: Tensor) -> np.ndarray:
