@@ -251,7 +251,7 @@ class _Build:
             skipped.pop(name, None)
         index = self._index_before()
         if not index.is_trained:
-            store.train(index, self._training_vectors(files))
+            store.train(index, self._training_vectors(files, [len(new) for new in ids]))
         self._add(index, files)
         manifests = dict.fromkeys((*(self.header.manifests if self.header else ()), manifest.hash))
         identity = (self.embedder.name, self.embedder.digest)
@@ -284,9 +284,8 @@ class _Build:
         path = self.folder / self.header.vectors_file
         return store.read(path, self.header.count, self.header.bytes, in_memory=True)
 
-    def _training_vectors(self, files: list[Path]) -> np.ndarray:
-        """Vectors to train on, float32 [n,512], drawn evenly from the pending ones by the seed."""
-        counts = [len(read_pending(path, self.embedder)[0]) for path in files]
+    def _training_vectors(self, files: list[Path], counts: list[int]) -> np.ndarray:
+        """Vectors to train on, float32 [n,512], drawn evenly by the seed from files of ``counts`` vectors each."""
         chosen, start, found = store.training_rows(sum(counts), self.seed), 0, []
         for path, count in zip(files, counts, strict=True):
             rows = chosen[(chosen >= start) & (chosen < start + count)] - start
