@@ -170,9 +170,7 @@ def test_own_scores_are_followed():
 
 
 def test_the_gap_needs_a_matched_heldout_set():
-    train, heldout = (build_wide(wide(40, seed=s) | {"folds": np.arange(40) % 4}) for s in (0, 1))
-    labels = np.array(sorted(train.class_counts))
-    assert len(labels) == 3
+    train = build_wide(wide(40))
     other = wide(40, seed=2)
     other["labels"] = wide(40)["labels"]
     heldout = build_wide(other)
