@@ -5,7 +5,7 @@
 //   moves 8 bytes per element of linear from and to memory, and 4 per element of response
 //
 // A block of units is finished for all positions of an image while it lies in the second-level cache, and the means are
-// taken from there in the order of segment_abs_mean: the same bits for any number of threads and instruction set.
+// taken from there in the order of mean_block.h: the same bits for any number of threads and instruction set.
 #include "gelu.h"
 #include "mean_block.h"
 
@@ -104,7 +104,7 @@ Tensor bias_gelu_response_(
 } // namespace
 } // namespace fastmem
 
-STABLE_TORCH_LIBRARY_FRAGMENT(fastmem, library) {
+STABLE_TORCH_LIBRARY(fastmem, library) {
   library.def(
       "bias_gelu_response_(Tensor(a!) linear, Tensor bias, int[] starts, int[] stops, bool tanh, bool pre_activation)"
       " -> Tensor");

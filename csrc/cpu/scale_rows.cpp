@@ -33,7 +33,7 @@ void scale_rows_(std::vector<Tensor> weights, const Tensor& rows, std::vector<in
 } // namespace
 } // namespace fastmem
 
-// the namespace belongs to segment_abs_mean.cpp; rows are always on the CPU, where they can be checked
+// the namespace belongs to fc1_response.cpp; rows are always on the CPU, where they can be checked
 STABLE_TORCH_LIBRARY_FRAGMENT(fastmem, library) {
   library.def("scale_rows_(Tensor(a!)[] weights, Tensor rows, int[] stops, float factor) -> ()");
 }

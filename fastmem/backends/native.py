@@ -46,26 +46,9 @@ def load(folder: Path) -> NativeStatus:
     """Load what a folder has of the two libraries; ``status`` does that once for the installed ones."""
     recorded = _read_record(folder)
     cpu_reason = _load_library(folder, "cpu", recorded)
-    # the CUDA library adds a kernel to the operator that the CPU library defines: without that it means nothing
+    # the CUDA library adds a kernel to an operator that the CPU library defines: without that it means nothing
     cuda_reason = cpu_reason or _load_library(folder, "cuda", recorded)
     return NativeStatus(cpu=not cpu_reason, cuda=not cuda_reason, reason=cuda_reason, folder=folder)
-
-
-def segment_abs_mean(hidden: torch.Tensor, spans: Sequence[tuple[int, int]]) -> torch.Tensor:
-    """Mean over each span of positions of abs(hidden), without writing abs(hidden) anywhere.
-
-    hidden: float32 [images, positions, units], contiguous, on the CPU or a CUDA device.
-    spans: (start, stop) pairs, stop excluded, at least one; they may overlap.
-
-    Returns float32 [images, spans, units]. The order of the additions depends on the span alone, so any number of
-    threads gives the same bits. No gradient flows through it.
-
-    Raises: UsageError when the library for the tensor's device is not there, or an argument does not fit.
-    """
-    _check_device(hidden)
-    _check(hidden, spans, "segment_abs_mean")
-    starts, stops = zip(*spans, strict=True)
-    return torch.ops.fastmem.segment_abs_mean(hidden, starts, stops)
 
 
 def bias_gelu_response_(
@@ -86,7 +69,7 @@ def bias_gelu_response_(
     Raises: UsageError when the library is not there, or an argument does not fit.
     """
     _check_device(linear, ("cpu",))
-    _check(linear, spans, "bias_gelu_response_")
+    _check(linear, spans)
     if bias.dtype != torch.float32 or bias.shape != linear.shape[2:] or not bias.is_contiguous():
         raise UsageError(
             f"bias_gelu_response_ expected bias as contiguous float32 [{linear.shape[2]}], got {bias.dtype} "
@@ -142,26 +125,22 @@ def _check_device(tensor: torch.Tensor, homes: Sequence[str] = ("cpu", "cuda")) 
         raise UsageError(f"no native operator can run on a tensor on {device!r}: {why}; choose another backend")
 
 
-def _check(hidden: torch.Tensor, spans: Sequence[tuple[int, int]], name: str) -> None:
+def _check(linear: torch.Tensor, spans: Sequence[tuple[int, int]]) -> None:
     # the library checks the same before it touches memory, but its messages carry file and line
-    if hidden.dtype != torch.float32 or hidden.dim() != 3 or not hidden.is_contiguous():
+    if linear.dtype != torch.float32 or linear.dim() != 3 or not linear.is_contiguous():
         raise UsageError(
-            f"{name} expected contiguous float32 [images, positions, units], got "
-            f"{hidden.dtype} {list(hidden.shape)} with strides {hidden.stride()}; use .float().contiguous()"
+            f"bias_gelu_response_ expected contiguous float32 [images, positions, units], got "
+            f"{linear.dtype} {list(linear.shape)} with strides {linear.stride()}; use .float().contiguous()"
         )
     if not spans:
-        raise UsageError(f"{name} expected at least one (start, stop) span, got none; name a segment")
-    positions = hidden.shape[1]
+        raise UsageError("bias_gelu_response_ expected at least one (start, stop) span, got none; name a segment")
+    positions = linear.shape[1]
     for start, stop in spans:
         if not 0 <= start < stop <= positions:
             raise UsageError(
-                f"{name} expected spans with 0 <= start < stop <= {positions}, got ({start}, {stop}); "
+                f"bias_gelu_response_ expected spans with 0 <= start < stop <= {positions}, got ({start}, {stop}); "
                 "take them from the model's segments"
             )
-
-
-def _segment_abs_mean_shape(hidden: torch.Tensor, starts: Sequence[int], stops: Sequence[int]) -> torch.Tensor:
-    return hidden.new_empty(hidden.shape[0], len(starts), hidden.shape[2])
 
 
 def _bias_gelu_response_shape(
@@ -172,7 +151,7 @@ def _bias_gelu_response_shape(
     tanh: bool,
     pre_activation: bool,
 ) -> torch.Tensor:
-    return _segment_abs_mean_shape(linear, starts, stops)
+    return linear.new_empty(linear.shape[0], len(starts), linear.shape[2])
 
 
 def _nothing(*arguments: object) -> None:
@@ -181,7 +160,6 @@ def _nothing(*arguments: object) -> None:
 
 # shapes of the results, for torch.compile
 FAKES = {
-    "segment_abs_mean": _segment_abs_mean_shape,
     "bias_gelu_response_": _bias_gelu_response_shape,
     "unit_update_": _nothing,
     "scale_rows_": _nothing,
