@@ -17,7 +17,8 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-# with it torch fills what it allocates with NaN, so an element that no kernel wrote is seen
+# torch's deterministic mode needs it, and in that mode fills what it allocates with NaN, so that an element which no
+# kernel wrote is seen
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import torch  # noqa: E402
