@@ -26,7 +26,7 @@ _RUN_OPTIONS: tuple[Callable[[Command], Command], ...] = (
     click.option("--run", required=True, metavar="RUN", help="Folder of a scored run."),
     click.option("--data", metavar="PATH", help="Training images, where they have moved since they were scored."),
     click.option("--heldout", metavar="PATH", help="Held-out images, where they have moved."),
-    click.option("--classes", metavar="FILE", help="Class folders in the checkpoint's order, where the file has moved."),
+    click.option("--classes", metavar="FILE", help="Class order, where the file has moved."),
     click.option("--checkpoint", metavar="FILE", help="Generator weights, where they have moved."),
     click.option("--tokenizer", metavar="FILE", help="Tokenizer weights, where they have moved."),
     click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
