@@ -66,11 +66,12 @@ def holm(p_values: Sequence[float]) -> list[float]:
 class EqualQuality:
     """Random units whose factor is tuned until they cost what an edit costs.
 
-    factor: 1 is no edit; extracted: float64 [N], the share of seeds that extract each target there; reached: False
-    where even the strongest measured factor costs less than the edit, and is taken.
+    factor: 1 is no edit; cost: there; extracted: float64 [N], the share of seeds that extract each target there;
+    reached: False where even the strongest measured factor costs less than the edit, and is taken.
     """
 
     factor: float
+    cost: float
     extracted: np.ndarray
     reached: bool
 
@@ -94,11 +95,11 @@ def equal_quality(
     # no edit costs nothing by definition, and nothing may cost less
     rising = isotonic_regression(np.maximum(costs, costs[0])).x
     if cost <= rising[0]:
-        return EqualQuality(1.0, np.asarray(extracted[0], dtype=np.float64), True)
+        return EqualQuality(1.0, float(rising[0]), np.asarray(extracted[0], dtype=np.float64), True)
     after = int(np.searchsorted(rising, cost))
     if after == len(rising):
-        return EqualQuality(float(factors[-1]), np.asarray(extracted[-1], dtype=np.float64), False)
+        return EqualQuality(float(factors[-1]), float(rising[-1]), np.asarray(extracted[-1], dtype=np.float64), False)
     share = (cost - rising[after - 1]) / (rising[after] - rising[after - 1])
     factor = factors[after - 1] + share * (factors[after] - factors[after - 1])
     mixed = (1 - share) * np.asarray(extracted[after - 1], dtype=np.float64) + share * extracted[after]
-    return EqualQuality(float(factor), mixed, True)
+    return EqualQuality(float(factor), cost, mixed, True)
