@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastmem.data.sources import ArraySource, FolderSource, ZipSource, embedded_source
     from fastmem.errors import FastmemError, InputFileError, UsageError
+    from fastmem.mitigation.edit_file import EditPlan
+    from fastmem.mitigation.scaling import Edit, scale_units
     from fastmem.models.checkpoints import assemble, load_model
     from fastmem.models.registry import model_names
     from fastmem.scoring import ScoreResult, responses, score
@@ -25,6 +27,8 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "ArraySource": "fastmem.data.sources",
+    "Edit": "fastmem.mitigation.scaling",
+    "EditPlan": "fastmem.mitigation.edit_file",
     "FastmemError": "fastmem.errors",
     "FolderSource": "fastmem.data.sources",
     "InputFileError": "fastmem.errors",
@@ -42,12 +46,15 @@ _HOMES = {
     "owners": "fastmem.scoring.ownership",
     "reliability": "fastmem.scoring.reliability",
     "responses": "fastmem.scoring",
+    "scale_units": "fastmem.mitigation.scaling",
     "score": "fastmem.scoring",
     "select": "fastmem.scoring.selection",
 }
 
 __all__ = [
     "ArraySource",
+    "Edit",
+    "EditPlan",
     "FastmemError",
     "FolderSource",
     "InputFileError",
@@ -65,6 +72,7 @@ __all__ = [
     "owners",
     "reliability",
     "responses",
+    "scale_units",
     "score",
     "select",
 ]

@@ -85,6 +85,8 @@ class Model(ABC):
         self.prefixes = tuple(self.scaled_prefixes() if prefixes is None else prefixes)
         self.name = type(self).__name__
         self._fingerprint: dict[str, str] = {}
+        # edits of the weights that are not undone, oldest first
+        self.edits: list[Any] = []
 
     image_size: int
     num_tokens: int
@@ -170,6 +172,12 @@ class Model(ABC):
         if not self._fingerprint:
             self._fingerprint = {"checkpoint": _hash(self.generator), "tokenizer": _hash(self.tokenizer)}
         return self._fingerprint
+
+    def exchange_fingerprint(self, known: dict[str, str]) -> dict[str, str]:
+        """For who changes the weights in place: say which hashes are known of them now ({}: none), and get those that
+        were known before."""
+        before, self._fingerprint = self._fingerprint, known
+        return before
 
     @property
     def _rows_of_logits(self) -> int:
