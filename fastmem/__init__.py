@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastmem.data.sources import ArraySource, FolderSource, ZipSource, embedded_source
     from fastmem.errors import FastmemError, InputFileError, UsageError
+    from fastmem.mitigation.attribution import attribution
     from fastmem.mitigation.edit_file import EditPlan
     from fastmem.mitigation.scaling import Edit, scale_units
     from fastmem.models.checkpoints import assemble, load_model
@@ -38,6 +39,7 @@ _HOMES = {
     "UsageError": "fastmem.errors",
     "ZipSource": "fastmem.data.sources",
     "assemble": "fastmem.models.checkpoints",
+    "attribution": "fastmem.mitigation.attribution",
     "embedded_source": "fastmem.data.sources",
     "gap": "fastmem.scoring.gap",
     "load_model": "fastmem.models.checkpoints",
@@ -64,6 +66,7 @@ __all__ = [
     "UsageError",
     "ZipSource",
     "assemble",
+    "attribution",
     "embedded_source",
     "gap",
     "load_model",

@@ -219,7 +219,7 @@ class Model(ABC):
 
         Position t predicts token t. Raises: UsageError for other shapes, tokens or labels out of range.
         """
-        return self.forward_logits(self._check_tokens(tokens), self._check_labels(labels, len(tokens)))
+        return self.forward_logits(*self.check_inputs(tokens, labels))
 
     @torch.inference_mode()
     def outcomes(self, tokens: Tensor, labels: Tensor | None) -> TokenOutcomes:
@@ -328,6 +328,13 @@ class Model(ABC):
         if unknown or not chosen:
             raise UsageError(f"expected segments out of {', '.join(known)}, got {', '.join(unknown) or 'none'}")
         return tuple(known[n] for n in chosen)
+
+    def check_inputs(self, tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens int64 [N,T] and labels int64 [N] on the model's device, as ``forward_logits`` takes them.
+
+        Raises: as ``logits``.
+        """
+        return self._check_tokens(tokens), self._check_labels(labels, len(tokens))
 
     def _check_tokens(self, tokens: Tensor) -> Tensor:
         vocabulary = self.vocabulary
