@@ -93,6 +93,9 @@ class RunFolder:
     def losses_file(self, split: str) -> Path:
         return self.path / f"losses-{split}.safetensors"
 
+    def extraction_folder(self, name: str) -> Path:
+        return self.path / "extractions" / name
+
     def check(self, identity: Mapping[str, Any], resume: bool) -> bool:
         """Whether the folder holds a run to go on with.
 
