@@ -80,7 +80,7 @@ class UnitChooser:
 
 
 def graded_factors(selection: Selection, factor: float) -> Tensor:
-    """A factor for each unit, float64 [n]: ``factor`` for the highest score, rising in proportion to 1 for the lowest."""
+    """A factor for each unit, float64 [n]: ``factor`` for the highest score, rising to 1 for the lowest of them."""
     score = selection.score.double()
     low, high = score.min(), score.max()
     share = (score - low) / (high - low) if high > low else torch.ones_like(score)

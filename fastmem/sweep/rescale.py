@@ -21,7 +21,10 @@ OUTLIER = 3.5
 
 @dataclass(frozen=True, eq=False)
 class SuspectRows:
-    """Rows that the attacker takes for scaled: layer, unit int64 [n]; factor: what they are multiplied by, float64 [n]."""
+    """Rows that the attacker takes for scaled.
+
+    layer, unit: int64 [n]; factor: what they are multiplied by, float64 [n].
+    """
 
     layer: Tensor
     unit: Tensor
@@ -32,7 +35,7 @@ class SuspectRows:
 
 
 def find_small_rows(model: Model) -> SuspectRows:
-    """Rows whose log norm is more than 3.5 robust deviations below their layer's median; each goes back to the median."""
+    """Rows whose log norm is over 3.5 robust deviations below their layer's median; each goes back to the median."""
     logs, centre, spread = _log_norms(model)
     return _suspects(logs, (centre - logs) > OUTLIER * spread, (centre - logs).exp())
 
