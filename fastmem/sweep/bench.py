@@ -1,4 +1,4 @@
-"""The bench of a model: its edits, its targets under attack, and its losses and samples, prepared once."""
+"""The bench of a model: its edits, its targets under attack, and its quality."""
 
 from __future__ import annotations
 
@@ -17,37 +17,22 @@ from fastmem.extraction.verdicts import Judge
 from fastmem.mitigation.attribution import attribution_from_tokens
 from fastmem.mitigation.scaling import scale_units
 from fastmem.models.model import Model
+from fastmem.quality.losses import TrueImages
 from fastmem.scoring.selection import Selection, select
 from fastmem.stats import UnitStats
 from fastmem.sweep.plan import ATTRIBUTION, NO_EDIT, Row
 from fastmem.sweep.table import RowUnavailable
 
-BATCH_IMAGES = 64
-
-
-@dataclass(frozen=True, eq=False)
-class Shown:
-    """Images by their tokens int64 [N,T] and labels int64 [N]."""
-
-    tokens: Tensor
-    labels: Tensor
-
-    def loss(self, model: Model) -> float:
-        """Mean loss of the true tokens, nats per token."""
-        batches = zip(self.tokens.split(BATCH_IMAGES), self.labels.split(BATCH_IMAGES), strict=True)
-        losses = [model.outcomes(tokens, labels).loss.mean(1) for tokens, labels in batches]
-        return float(torch.cat(losses).double().mean())
-
 
 class UnitChooser:
     """Chooses units for a row: by the run's statistics, or by attribution on the model as it is.
 
-    stats, heldout: of the run; memorised, unseen: what attribution weighs against each other, None where it cannot be
-    had. Its scores for the unedited model are made once.
+    stats, heldout: of the run; memorised, unseen: what attribution weighs against each other. Its scores for the
+    unedited model are made once.
     """
 
     def __init__(
-        self, model: Model, stats: UnitStats, heldout: UnitStats | None, memorised: Shown | None, unseen: Shown | None
+        self, model: Model, stats: UnitStats, heldout: UnitStats, memorised: TrueImages, unseen: TrueImages
     ) -> None:
         self.model, self.stats, self.heldout = model, stats, heldout
         self.memorised, self.unseen = memorised, unseen
@@ -65,8 +50,6 @@ class UnitChooser:
         return select(self.stats, fraction, row.by, row.scope, row.merge, row.seed, heldout)
 
     def _attribution(self) -> Tensor:
-        if self.memorised is None or self.unseen is None:
-            raise UsageError("expected held-out images for a selection by attribution, got none: score with --heldout")
         if self.model.edits:
             return self._measure()
         if self._unedited is None:
@@ -91,7 +74,7 @@ def graded_factors(selection: Selection, factor: float) -> Tensor:
 class ModelBench:
     """What a table measures a model with; see ``fastmem.sweep.table.Bench``.
 
-    prefixes: in tokens; losses: images whose mean loss is a metric, by its name; sampled: quality of samples by metric.
+    prefixes: in tokens; measure: the model's quality by metric.
     """
 
     model: Model
@@ -99,8 +82,7 @@ class ModelBench:
     targets: Targets
     judge: Judge
     prefixes: tuple[int, ...]
-    losses: dict[str, Shown]
-    sampled: Callable[[Model], dict[str, float]]
+    measure: Callable[[Model], dict[str, float]]
 
     @contextmanager
     def edited(self, row: Row) -> Iterator[int]:
@@ -125,5 +107,5 @@ class ModelBench:
         return self.judge.similarities(self.model, self.targets, self.prefixes, generated)
 
     def quality(self) -> dict[str, float]:
-        """Losses and quality of samples by metric."""
-        return {name: images.loss(self.model) for name, images in self.losses.items()} | self.sampled(self.model)
+        """Quality of the model as it is, by metric."""
+        return self.measure(self.model)

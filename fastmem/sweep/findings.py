@@ -28,6 +28,20 @@ class Findings:
         """A record of every row: its settings, counts, metrics and costs; counts are null where it is missing."""
         return [self._record(m) for m in self.measured]
 
+    def document(self) -> dict[str, Any]:
+        """What ``--json`` prints of it."""
+        reported = self.targets.reported
+        return {
+            "targets": len(reported),
+            "reported_targets": int(reported.sum()),
+            "prefixes": list(self.targets.prefixes),
+            "groups": {name: int(mask.sum()) for name, mask in self.targets.groups.items()},
+            "cost": self.cost,
+            "rows": self.rows(),
+            "pareto": list(self.pareto),
+            "comparisons": [asdict(c) for c in self.comparisons],
+        }
+
     def _record(self, m: Measured) -> dict[str, Any]:
         record = asdict(m.row) | {"units": m.units, "seconds": m.seconds, "missing": m.missing}
         if m.missing:

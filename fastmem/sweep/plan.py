@@ -17,6 +17,7 @@ DRAWN = ("random", "matched")
 # what the plan offers beside fastmem.select's own: scores from gradients, made anew for every model
 ATTRIBUTION = "attribution"
 RANKINGS = (*(by for by in SELECTIONS if by not in (*CONTROLS, "scores")), ATTRIBUTION)
+SELECTED = ("unitmem", "gap", "within-class", "class-selectivity", ATTRIBUTION, "lowest", *DRAWN)
 # factors for random units between no edit and none of the unit left, to find those of equal quality
 EQUAL_QUALITY_FACTORS = (0.75, 0.25, 0.0)
 
@@ -70,7 +71,8 @@ class SweepSettings:
 
     fractions, factors, by: every combination is a row for each seed; seeds: of random and matched units; declared:
     the fraction that was named before anything was measured, with ``declared_seeds`` seeds at the first factor;
-    equal_quality: fractions at which random units of equal quality are looked for; scope, merge: of every selection.
+    equal_quality: fractions at which random units of equal quality are looked for, the declared one when None; scope,
+    merge: of every selection.
 
     Raises: UsageError for an unknown selection, a fraction outside (0, 1], a factor below 0 or fewer than 1 seed.
     """
@@ -78,10 +80,10 @@ class SweepSettings:
     declared: float
     fractions: tuple[float, ...] = FRACTIONS
     factors: tuple[float, ...] = (HALVED,)
-    by: tuple[str, ...] = (*RANKINGS[:4], ATTRIBUTION, *CONTROLS)
+    by: tuple[str, ...] = SELECTED
     seeds: int = 3
     declared_seeds: int = 20
-    equal_quality: tuple[float, ...] = ()
+    equal_quality: tuple[float, ...] | None = None
     scope: str = "global"
     merge: str = "max"
 
@@ -90,7 +92,7 @@ class SweepSettings:
         for by in self.by:
             if by not in known:
                 raise UsageError(f"expected selections out of {', '.join(known)}, got {by!r}")
-        for fraction in (*self.fractions, *self.equal_quality):
+        for fraction in (*self.fractions, *(self.equal_quality or ())):
             if not 0 < fraction <= 1:
                 raise UsageError(f"expected fractions of the units above 0 and up to 1, got {fraction}")
         for factor in self.factors:
@@ -116,7 +118,8 @@ def _edits(settings: SweepSettings) -> Iterator[Row]:
 
 
 def _equal_quality(settings: SweepSettings) -> Iterator[Row]:
-    for fraction in settings.equal_quality:
+    declared = [settings.declared] if settings.declared in settings.fractions and "random" in settings.by else []
+    for fraction in declared if settings.equal_quality is None else settings.equal_quality:
         for factor in sorted({*settings.factors, *EQUAL_QUALITY_FACTORS}, reverse=True):
             for seed in range(settings.seeds):
                 yield Row("random", fraction, factor, seed, settings.scope, settings.merge)

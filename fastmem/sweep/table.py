@@ -129,10 +129,10 @@ def measure_rows(table: Table, rows: Sequence[Row], reporter: SweepReporter) -> 
 
     Raises: KeyboardInterrupt after the row in hand where Ctrl-C was pressed.
     """
-    done = sum(table.done(row) for row in rows)
-    # the unedited model comes first: it is measured before the time can be told
+    # the unedited model tells how long a row takes
     first = table.measure(NO_EDIT)
-    reporter.planned(SweepPlan(len(rows), done, first.seconds * (len(rows) - max(1, done))))
+    done = sum(table.done(row) for row in rows)
+    reporter.planned(SweepPlan(len(rows), done, first.seconds * (len(rows) - done)))
     measured = []
     with Interruption() as interruption:
         for row in rows:
