@@ -1,6 +1,7 @@
 """The run folder: what was asked, how far it got, and what came out.
 
 run.json            model, weights, data and settings: what a resumed run must have in common
+inputs.json         where weights and images came from, so that later stages find them again
 manifest-*.parquet  the images of each set, in order, with their folds
 state.safetensors   the statistics so far, replaced by rename; gone when the run is complete
 result.json         the document that ``--json`` prints
@@ -12,7 +13,7 @@ import os
 import signal
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
@@ -23,6 +24,7 @@ from fastmem.files import read_json, write_json
 
 RUN_SCHEMA = "fastmem.run/1"
 RESULT_SCHEMA = "fastmem.score/1"
+INPUTS_SCHEMA = "fastmem.inputs/1"
 
 
 def default_folder(model: str) -> Path:
@@ -30,6 +32,29 @@ def default_folder(model: str) -> Path:
     stem = Path("runs") / f"{model}-{datetime.now():%Y-%m-%d}"
     candidates = (stem, *(stem.with_name(f"{stem.name}-{i}") for i in range(2, 10_000)))
     return next(path for path in candidates if not path.exists())
+
+
+@dataclass(frozen=True)
+class RunInputs:
+    """Where a run's weights and images came from: absolute paths; None for the official files, the embedded images, or
+    no held-out set."""
+
+    model: str
+    checkpoint: str | None = None
+    tokenizer: str | None = None
+    data: str | None = None
+    heldout: str | None = None
+    classes: str | None = None
+
+    def save(self, folder: RunFolder) -> None:
+        """Write inputs.json. Raises: UsageError where the folder cannot be written."""
+        write_json(folder.inputs_file, {"schema": INPUTS_SCHEMA, **asdict(self)})
+
+    @classmethod
+    def load(cls, folder: RunFolder) -> RunInputs:
+        """Read inputs.json. Raises: InputFileError where it is missing or damaged."""
+        document = read_json(folder.inputs_file, INPUTS_SCHEMA)
+        return cls(**{field.name: document.get(field.name) for field in fields(cls)})
 
 
 @dataclass(frozen=True)
@@ -41,6 +66,10 @@ class RunFolder:
     @property
     def identity_file(self) -> Path:
         return self.path / "run.json"
+
+    @property
+    def inputs_file(self) -> Path:
+        return self.path / "inputs.json"
 
     @property
     def state_file(self) -> Path:

@@ -16,7 +16,7 @@ from fastmem.models.checkpoints import load_model
 from fastmem.models.model import Model
 from fastmem.models.registry import find_entry
 from fastmem.report.score_report import ScoreFindings, write_report
-from fastmem.runs import RunFolder, default_folder
+from fastmem.runs import RunFolder, RunInputs, default_folder
 from fastmem.scoring import ScoreResult, score
 
 PRINTED_UNITS = 10
@@ -97,6 +97,7 @@ def command(
             workers=workers,
             reporter=reporter,
         )
+    where_from(model, checkpoint, tokenizer, data, heldout, classes).save(folder)
     finish(loaded, sources["train"], folder, result, parse_views(views), as_json)
     return result
 
@@ -108,6 +109,21 @@ def parse_views(text: str) -> int | str:
     if not text.isdecimal() or int(text) < 1:
         raise UsageError(f"expected --views as a number of at least 1 or center, got {text!r}")
     return int(text)
+
+
+def where_from(
+    model: str,
+    checkpoint: str | None,
+    tokenizer: str | None,
+    data: str | None,
+    heldout: str | None,
+    classes: str | None,
+) -> RunInputs:
+    """What a later stage needs to find weights and images again, wherever it is called from."""
+    if data is None and not find_entry(model).embedded:
+        data = os.environ.get("FASTMEM_DATA")
+    paths = (checkpoint, tokenizer, data, heldout, classes)
+    return RunInputs(model, *(None if path is None else os.path.abspath(path) for path in paths))
 
 
 def open_sources(model: str, data: str | None, heldout: str | None, classes: str | None) -> dict[str, ImageSource]:
