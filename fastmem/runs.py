@@ -5,6 +5,7 @@ inputs.json         where weights and images came from, so that later stages fin
 manifest-*.parquet  the images of each set, in order, with their folds
 state.safetensors   the statistics so far, replaced by rename; gone when the run is complete
 result.json         the document that ``--json`` prints
+edits/              which units each edit scales, a file for every edit
 """
 
 from __future__ import annotations
@@ -78,6 +79,10 @@ class RunFolder:
     @property
     def result_file(self) -> Path:
         return self.path / "result.json"
+
+    @property
+    def edits_folder(self) -> Path:
+        return self.path / "edits"
 
     def manifest_file(self, split: str) -> Path:
         return self.path / f"manifest-{split}.parquet"

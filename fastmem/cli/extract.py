@@ -108,7 +108,7 @@ def command(
         "device": opened.model.device.type,
         **opened.model.fingerprint(),
     }
-    name = f"{Path(edit).stem if edit else 'unedited'}-{_digest(settings)}"
+    name = f"{Path(edit).name.removesuffix('.safetensors') if edit else 'unedited'}-{_digest(settings)}"
     folder = opened.folder.extraction_folder(name)
     if (folder / "result.json").exists():
         say(f"{folder} has this extraction already")
