@@ -92,7 +92,7 @@ ROWS = {
         2,
         "expected the checkpoint that",
     ),
-    "edit that is not there": (("--run", "{run}", "--edit", "none"), 3, "none"),
+    "edit that is not there": (("--run", "{run}", "--edit", "none"), 2, "none"),
 }
 
 
