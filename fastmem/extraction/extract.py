@@ -135,9 +135,9 @@ def extract(
 
     scores: candidate scores of every image, float [N] in manifest order, by set; prefixes: lengths in tokens, the
     model's ladder when None; matched: training images that match the held-out set, bool [N], of which candidates are
-    chosen too, so that both sides are chosen from equally many images; None where all do. without: ids of candidates that are left out after the choice,
-    because an edit was chosen on them. folder: where finished work
-    units lie; None keeps them in memory.
+    chosen too, so that both sides are chosen from equally many images; None where all do. without: ids of candidates
+    that are left out after the choice, because an edit was chosen on them; folder: where finished work units lie; None
+    keeps them in memory.
 
     Raises: UsageError for a prefix that the model does not allow, or an index of another embedder; InputFileError for a
     damaged unit. KeyboardInterrupt keeps the units that were finished.
