@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -20,7 +20,7 @@ SSCD_THRESHOLD, MATCH_THRESHOLD = 0.75, 0.9
 FALSE_ALARMS = 0.01
 # embeddings of token rows that are kept for the next question, 200 MiB
 REMEMBERED = 100_000
-GROUP_BLOCK = 4096
+GROUP_BLOCK = 64
 
 
 class Judge(Protocol):
@@ -34,7 +34,7 @@ class Judge(Protocol):
     threshold: float
 
     def similarities(self, model: Model, targets: Targets, prefixes: Sequence[int], generated: Tensor) -> np.ndarray:
-        """Similarity of completions int64 [P,N,T] with the tokenizer's reconstruction of their targets: float32 [P,N]."""
+        """Similarity of completions int64 [P,N,T] with their targets as the tokenizer shows them: float32 [P,N]."""
 
 
 class TokenMatch:
@@ -130,21 +130,33 @@ def false_alarm_threshold(similarities: np.ndarray, rate: float = FALSE_ALARMS) 
     return float(np.sort(similarities)[::-1][math.floor(rate * len(similarities))])
 
 
-def near_duplicate_groups(vectors: np.ndarray, threshold: float) -> np.ndarray:
-    """The group of each image, int64 [N]: images chained by cosines above ``threshold`` share one.
+def near_duplicate_groups(count: int, alike: Callable[[int, int], np.ndarray]) -> np.ndarray:
+    """The group of each of ``count`` images, int64 [N]: images chained by being alike share one.
 
-    vectors: unit vectors float32 [N,D].
+    alike: bool [stop-start,N] for rows start..stop-1.
     """
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
     pairs = [np.empty((2, 0), np.int64)]
-    for start in range(0, len(vectors), GROUP_BLOCK):
-        alike = np.argwhere(vectors[start : start + GROUP_BLOCK] @ vectors.T > threshold).T
-        pairs.append(alike + np.array([[start], [0]]))
+    for start in range(0, count, GROUP_BLOCK):
+        pairs.append(np.argwhere(alike(start, min(start + GROUP_BLOCK, count))).T + np.array([[start], [0]]))
     row, column = np.concatenate(pairs, axis=1)
-    graph = coo_array((np.ones(len(row), dtype=bool), (row, column)), shape=(len(vectors), len(vectors)))
+    graph = coo_array((np.ones(len(row), dtype=bool), (row, column)), shape=(count, count))
     return connected_components(graph, directed=False)[1].astype(np.int64)
+
+
+def groups_by_cosine(vectors: np.ndarray, threshold: float) -> np.ndarray:
+    """Near-duplicates by cosine above ``threshold``: unit vectors float32 [N,D] -> int64 [N]."""
+    return near_duplicate_groups(len(vectors), lambda start, stop: vectors[start:stop] @ vectors.T > threshold)
+
+
+def groups_by_tokens(tokens: Tensor, threshold: float) -> np.ndarray:
+    """Near-duplicates by a share of equal tokens above ``threshold``: int64 [N,T] -> int64 [N]."""
+    rows = tokens.numpy()
+    return near_duplicate_groups(
+        len(rows), lambda start, stop: (rows[start:stop, None] == rows[None]).mean(2) > threshold
+    )
 
 
 def distinct(extracted: np.ndarray, groups: np.ndarray) -> int:
