@@ -341,3 +341,18 @@ def test_the_odds_ratio_is_fishers():
     assert "no odds ratio" in str(nothing)
     with pytest.raises(UsageError, match="as many owners as verdicts"):
         associate(owns, extracted[:3])
+
+
+def test_images_that_an_edit_was_chosen_on_are_left_out(toy_model, toy_source):
+    whole, *_ = run_toy(toy_model, toy_source, TokenMatch(), prefixes=(2,))
+    train = whole.sets["train"]
+    without = train.targets.ids[train.candidate][::2]
+    notes = []
+    reporter = ExtractReporter(note=notes.append)
+    found, *_ = run_toy(toy_model, toy_source, TokenMatch(), prefixes=(2,), without=without, reporter=reporter)
+    kept = found.sets["train"]
+    assert kept.targets.ids[kept.candidate].tolist() == train.targets.ids[train.candidate][1::2].tolist()
+    assert not np.isin(kept.targets.ids, without).any()
+    assert notes == [
+        f"{len(without)} of {train.candidate.sum()} candidates are left out, because the edit was chosen on them"
+    ]

@@ -108,7 +108,7 @@ def command(
         "device": opened.model.device.type,
         **opened.model.fingerprint(),
     }
-    name = f"{Path(edit).stem if edit else 'unedited'}-{_digest(settings)}"
+    name = f"{Path(edit).name.removesuffix('.safetensors') if edit else 'unedited'}-{_digest(settings)}"
     folder = opened.folder.extraction_folder(name)
     if (folder / "result.json").exists():
         say(f"{folder} has this extraction already")
@@ -246,6 +246,7 @@ def run_extraction(
             prefixes=prefixes,
             top_per_class=top_per_class,
             matched=None if matched is None or matched.all() else matched,
+            without=opened.chosen_on,
             folder=units,
             batch_size=batch_size,
             workers=workers,

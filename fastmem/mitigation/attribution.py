@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,8 +24,10 @@ from torch.nn import functional
 from fastmem.data.manifest import Manifest
 from fastmem.data.sources import ImageSource
 from fastmem.errors import InputFileError, UsageError
-from fastmem.extraction.candidates import find_targets
+from fastmem.extraction.candidates import TOP_PER_CLASS, find_targets, highest_per_class
 from fastmem.models.model import Model
+from fastmem.scoring.selection import Selection, select
+from fastmem.stats import UnitStats
 
 BATCH_IMAGES = 8
 HELDOUT_IMAGES = 256
@@ -168,3 +171,24 @@ def halves(ids: np.ndarray, labels: np.ndarray, seed: int = 0) -> np.ndarray:
     first = np.zeros(len(ids), dtype=bool)
     first[drawn[::2]] = True
     return first
+
+
+def candidate_half(manifest: Manifest, scores: np.ndarray, seed: int = 0, per_class: int = TOP_PER_CLASS) -> np.ndarray:
+    """Ids of the half of the extraction candidates to choose on, int64 [m]; the other half is for reporting.
+
+    scores: candidate scores float [N] in manifest order, NaN for images that could not be read.
+
+    Raises: UsageError where there is no candidate to choose on.
+    """
+    at = highest_per_class(manifest, scores, per_class)
+    if not len(at):
+        raise UsageError("expected extraction candidates in the run, got none: were all of its images damaged?")
+    return manifest.ids[at][halves(manifest.ids[at], manifest.labels[at], seed)]
+
+
+def select_by_attribution(stats: UnitStats, scores: Tensor, fraction: float, scope: str, seed: int) -> Selection:
+    """The units of the highest attribution, float64 [layers, units]; seed: of the halves that it was found with.
+
+    Raises: as ``select``.
+    """
+    return replace(select(stats, fraction, "scores", scope, scores=scores), by="attribution", seed=seed)
