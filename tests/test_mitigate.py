@@ -15,6 +15,7 @@ from fastmem import EditPlan, UnitStats, attribution, embedded_source, load_mode
 from fastmem.cli.mitigate import CHOICES, default_name, parse_share
 from fastmem.cli.opening import open_run
 from fastmem.data.manifest import Manifest
+from fastmem.demo.doses import IMAGES
 from fastmem.mitigation.attribution import candidate_half
 from fastmem.mitigation.edited_checkpoint import save_checkpoint
 from fastmem.runs import RunFolder
@@ -147,14 +148,15 @@ ROWS = {
 
 
 @pytest.fixture
-def alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
-    """A run without held-out images."""
-    from fastmem.demo.doses import IMAGES
-
-    arguments = ("score", "--model", "rar-tiny", "--views", "center", "--per-class", 1, "--data", IMAGES)
-    code, _, err = run(capsys, *arguments, "--out", tmp_path / "alone", "--no-class-check")
-    assert code == 0, err
-    return tmp_path / "alone"
+def alone(folder: Path, tmp_path: Path) -> Path:
+    """The run as if it had been scored on the training images in a zip, without held-out ones."""
+    alone = Path(shutil.copytree(folder, tmp_path / "alone"))
+    identity = json.loads((alone / "run.json").read_text())
+    del identity["manifests"]["heldout"]
+    (alone / "run.json").write_text(json.dumps(identity))
+    inputs = json.loads((alone / "inputs.json").read_text())
+    (alone / "inputs.json").write_text(json.dumps(inputs | {"data": str(IMAGES)}))
+    return alone
 
 
 @pytest.mark.parametrize(("arguments", "code", "text"), ROWS.values(), ids=ROWS)
