@@ -246,6 +246,7 @@ def run_extraction(
             prefixes=prefixes,
             top_per_class=top_per_class,
             matched=None if matched is None or matched.all() else matched,
+            without=opened.chosen_on,
             folder=units,
             batch_size=batch_size,
             workers=workers,

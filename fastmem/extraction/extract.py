@@ -125,6 +125,7 @@ def extract(
     prefixes: Sequence[int] | None = None,
     top_per_class: int = TOP_PER_CLASS,
     matched: np.ndarray | None = None,
+    without: np.ndarray | None = None,
     folder: Path | None = None,
     batch_size: int = BATCH_ROWS,
     workers: int | None = None,
@@ -134,8 +135,9 @@ def extract(
 
     scores: candidate scores of every image, float [N] in manifest order, by set; prefixes: lengths in tokens, the
     model's ladder when None; matched: training images that match the held-out set, bool [N], of which candidates are
-    chosen too, so that both sides are chosen from equally many images; None where all do. folder: where finished work
-    units lie; None keeps them in memory.
+    chosen too, so that both sides are chosen from equally many images; None where all do. without: ids of candidates
+    that are left out after the choice, because an edit was chosen on them; folder: where finished work units lie; None
+    keeps them in memory.
 
     Raises: UsageError for a prefix that the model does not allow, or an index of another embedder; InputFileError for a
     damaged unit. KeyboardInterrupt keeps the units that were finished.
@@ -150,6 +152,13 @@ def extract(
     also = np.empty(0, np.int64)
     if matched is not None and "heldout" in manifests:
         also = highest_per_class(manifests["train"], np.where(matched, scores["train"], np.nan), top_per_class)
+    if without is not None and len(without):
+        left = ~np.isin(manifests["train"].ids[chosen["train"]], without)
+        reporter.note(
+            f"{(~left).sum():,} of {len(left):,} candidates are left out, because the edit was chosen on them"
+        )
+        chosen["train"] = chosen["train"][left]
+        also = also[~np.isin(manifests["train"].ids[also], without)]
     wanted = {split: np.union1d(at, also) if split == "train" else at for split, at in chosen.items()}
     total = sum(map(len, wanted.values()))
     reporter.planned(total, total * len(lengths))

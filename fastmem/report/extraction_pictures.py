@@ -43,19 +43,19 @@ def draw_extractions(
     for n, i in enumerate(at):
         row = grid[n % half, (n // half) * len(columns) :]
         draw_image(row[0], source, int(verdicts.targets.ids[i]), shorten(verdicts.targets.names[i]))
-        _draw_tensor(row[1], true[n], _ceiling(verdicts.ceiling[i]))
+        _draw_tensor(row[1], true[n], _caption(verdicts.ceiling[i]))
         mark = "extracted" if verdicts.extracted[longest, i] else "not extracted"
         _draw_tensor(row[2], made[n], f"{verdicts.similarity[longest, i]:.2f}, {mark}")
         nearest = int(verdicts.nearest[longest, i])
         if searched and nearest >= 0:
-            draw_image(row[3], source, nearest, f"{verdicts.nearest_similarity[longest, i]:.2f}")
+            draw_image(row[3], source, nearest, f"nearest, {verdicts.nearest_similarity[longest, i]:.2f}")
     heads = ", ".join(columns)
     figure.suptitle(f"{title}: {heads}; similarity by {extraction.judge}", fontsize=10, color=INK)
     save_picture(figure, path)
 
 
-def _ceiling(similarity: float) -> str:
-    return "" if np.isnan(similarity) else f"ceiling {similarity:.2f}"
+def _caption(similarity: float) -> str:
+    return "reconstruction" if np.isnan(similarity) else f"reconstruction, {similarity:.2f}"
 
 
 def _draw_tensor(axis: Axes, image: torch.Tensor, caption: str) -> None:
