@@ -72,7 +72,7 @@ class Rescaling:
     extracted: int
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class ReAttack:
     """All attempts on one edit. units: how many are scaled; rescalings: empty for rows of zeros, which hold nothing."""
 

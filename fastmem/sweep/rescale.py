@@ -1,7 +1,7 @@
 """The attacker who holds the weights: looks for fc1 rows of unusually small norm, and scales them back.
 
-Within a layer the logarithm of a row's norm is about normal; its centre and spread are the median and the scaled median
-absolute deviation, which few edited rows hardly move.
+Within a layer the logarithm of a row's norm is about normal. Its centre and spread are first told by the median and the
+scaled median absolute deviation, which few edited rows hardly move.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from fastmem.models.model import Model
 # median absolute deviation to standard deviation, and how unusual is an outlier (Iglewicz and Hoaglin 1993)
 SPREAD = 1.4826
 OUTLIER = 3.5
+# rounds of the fit, which settles in a few; a spread below this is none
+FITS = 30
+SMALLEST = 1e-12
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,13 +46,19 @@ def find_small_rows(model: Model) -> SuspectRows:
 def find_rows_scaled_by(model: Model, factor: float, share: float) -> SuspectRows:
     """Rows that are likelier to be scaled by ``factor`` than not, where a ``share`` of all rows was.
 
-    factor: in (0, 1); both are what the attacker knows of the edit.
+    factor: in (0, 1); both are what the attacker knows of the edit. A layer's log norms are then two normal laws of one
+    spread, a share of them log(factor) below the others; centre and spread are fitted by expectation maximisation.
     """
     logs, centre, spread = _log_norms(model)
     shift = math.log(factor)
-    # twice the log likelihood ratio of the two normal laws, against the odds before anything was seen
-    evidence = ((logs - centre) ** 2 - (logs - centre - shift) ** 2) / spread**2
-    return _suspects(logs, evidence > 2 * math.log((1 - share) / share), torch.full_like(logs, 1 / factor))
+    odds = math.log(share / (1 - share))
+    for _ in range(FITS):
+        evidence = odds + ((logs - centre) ** 2 - (logs - centre - shift) ** 2) / (2 * spread**2)
+        scaled = evidence.sigmoid()
+        centre = (logs - shift * scaled).mean(1, keepdim=True)
+        squares = (1 - scaled) * (logs - centre) ** 2 + scaled * (logs - centre - shift) ** 2
+        spread = squares.mean(1, keepdim=True).sqrt().clamp_min(SMALLEST)
+    return _suspects(logs, evidence > 0, torch.full_like(logs, 1 / factor))
 
 
 def _log_norms(model: Model) -> tuple[Tensor, Tensor, Tensor]:
@@ -59,7 +68,7 @@ def _log_norms(model: Model) -> tuple[Tensor, Tensor, Tensor]:
     logs = norms.clamp_min(torch.finfo(torch.float64).tiny).log()
     centre = logs.median(1, keepdim=True).values
     spread = SPREAD * (logs - centre).abs().median(1, keepdim=True).values
-    return logs, centre, spread.clamp_min(1e-12)
+    return logs, centre, spread.clamp_min(SMALLEST)
 
 
 def _suspects(logs: Tensor, mask: Tensor, factors: Tensor) -> SuspectRows:
