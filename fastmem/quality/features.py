@@ -64,12 +64,13 @@ class Features:
 class Reference:
     """What samples are compared with.
 
-    description: what it is, for people; features: of its pictures, None where a file holds only ``gaussian``, their
-    mean and covariance; class_counts: pictures by label, empty where it has none; train: training images, which a model
-    comes nearer to by copying them.
+    description: what it is, for people; content: SHA-256 of what makes it; features: of its pictures, None where a file
+    holds only ``gaussian``, their mean and covariance; class_counts: pictures by label, empty where it has none; train:
+    training images, which a model comes nearer to by copying them.
     """
 
     description: str
+    content: str
     features: Features | None = None
     gaussian: Gaussian | None = None
     class_counts: Mapping[int, int] = field(default_factory=dict)
