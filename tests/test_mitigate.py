@@ -11,13 +11,14 @@ import pytest
 import torch
 from test_cli import run
 
-from fastmem import EditPlan, UnitStats, attribution, embedded_source, load_model, select
+from fastmem import EditPlan, UnitStats, UsageError, embedded_source, load_model, score, select
 from fastmem.cli.mitigate import CHOICES, default_name, parse_share
 from fastmem.cli.opening import open_run
 from fastmem.data.manifest import Manifest
+from fastmem.demo.doses import IMAGES
 from fastmem.mitigation.attribution import candidate_half
 from fastmem.mitigation.edited_checkpoint import save_checkpoint
-from fastmem.runs import RunFolder
+from fastmem.runs import RunFolder, RunInputs
 from fastmem.scoring.image_losses import ImageLosses
 
 UNITS = 8 * 768
@@ -25,14 +26,12 @@ UNITS = 8 * 768
 
 @pytest.fixture(scope="module")
 def scored(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of rar-tiny over two images of each class, without losses of single images."""
-    from fastmem.cli import main
-
+    """A run of rar-tiny over two images of each class, without the pictures of ``fastmem score``."""
     folder = tmp_path_factory.mktemp("scored") / "run"
-    arguments = ["score", "--model", "rar-tiny", "--views", "center", "--per-class", "2", "--out", str(folder)]
-    with pytest.raises(SystemExit) as caught:
-        main(arguments)
-    assert caught.value.code == 0
+    sources = [embedded_source(split) for split in ("train", "heldout")]
+    settings = {"views": "center", "per_class": 2, "check_classes": False, "per_image": True}
+    score(load_model("rar-tiny", device="cpu"), sources[0], heldout=sources[1], out=folder, **settings)
+    RunInputs("rar-tiny").save(RunFolder(folder))
     return folder
 
 
@@ -65,27 +64,39 @@ def test_every_selection_becomes_an_edit_of_the_run(capsys, folder, by):
         assert len(plan.chosen_on) == 0
 
 
-def test_attribution_is_chosen_on_the_half_that_the_file_names(capsys, folder):
+def test_attribution_is_chosen_on_the_half_that_the_file_names(capsys, folder, monkeypatch):
+    scores = torch.randn(8, 768, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    given = []
+
+    def record(model, source, ids, heldout, *, batch_size):
+        given.append((source.description, ids.tolist(), heldout.description, batch_size))
+        return scores
+
+    monkeypatch.setattr("fastmem.cli.mitigate.attribution", record)
     arguments = ("mitigate", "--run", folder, "--by", "attribution", "--seed", 3, "--scope", "per-layer")
     code, out, err = run(capsys, *arguments, "--batch-size", 20)
     assert code == 0, err
     assert "41 candidates and 192 held-out images" in err
     assert "in 8 of 8 blocks" in out
+    assert "chosen on 41 candidates" in out
     plan = EditPlan.load(folder / "edits" / "attribution-5pct-per-layer-x0.5-seed3.safetensors")
     manifest = Manifest.load(folder / "manifest-train.parquet")
     hits = ImageLosses.load(folder / "losses-train.safetensors", manifest.hash).hits
     ids = candidate_half(manifest, hits, seed=3)
-    assert plan.chosen_on.tolist() == ids.tolist()
     # two images of a class: one of each is chosen on
-    assert len(np.unique(manifest.labels[np.isin(manifest.ids, ids)])) == 41
-    model = load_model("rar-tiny", device="cpu")
-    scores = attribution(model, embedded_source("train"), ids, embedded_source("heldout"))
-    stats = UnitStats.load(folder / "train.safetensors")
-    chosen = select(stats, 0.05, "scores", "per-layer", scores=scores)
-    units = {tuple(pair) for pair in zip(plan.layer.tolist(), plan.unit.tolist(), strict=True)}
-    others = {tuple(pair) for pair in zip(chosen.layer.tolist(), chosen.unit.tolist(), strict=True)}
-    # another batch size may swap units whose scores are equal to rounding
-    assert len(units & others) > 0.99 * len(others)
+    assert len(np.unique(manifest.labels[np.isin(manifest.ids, ids)])) == len(ids) == 41
+    assert plan.chosen_on.tolist() == ids.tolist()
+    splits = [embedded_source(split).description for split in ("train", "heldout")]
+    assert given == [(splits[0], ids.tolist(), splits[1], 20)]
+    chosen = select(UnitStats.load(folder / "train.safetensors"), 0.05, "scores", "per-layer", scores=scores)
+    assert torch.equal(plan.layer, chosen.layer)
+    assert torch.equal(plan.unit, chosen.unit)
+
+
+def test_candidates_to_choose_on_are_readable_images(folder):
+    manifest = Manifest.load(folder / "manifest-train.parquet")
+    with pytest.raises(UsageError, match="expected extraction candidates"):
+        candidate_half(manifest, np.full(len(manifest), np.nan))
 
 
 def test_an_edited_checkpoint_and_an_opened_edit_are_the_same_weights(capsys, folder, tmp_path):
@@ -147,14 +158,15 @@ ROWS = {
 
 
 @pytest.fixture
-def alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
-    """A run without held-out images."""
-    from fastmem.demo.doses import IMAGES
-
-    arguments = ("score", "--model", "rar-tiny", "--views", "center", "--per-class", 1, "--data", IMAGES)
-    code, _, err = run(capsys, *arguments, "--out", tmp_path / "alone", "--no-class-check")
-    assert code == 0, err
-    return tmp_path / "alone"
+def alone(folder: Path, tmp_path: Path) -> Path:
+    """The run as if it had been scored on the training images in a zip, without held-out ones."""
+    alone = Path(shutil.copytree(folder, tmp_path / "alone"))
+    identity = json.loads((alone / "run.json").read_text())
+    del identity["manifests"]["heldout"]
+    (alone / "run.json").write_text(json.dumps(identity))
+    inputs = json.loads((alone / "inputs.json").read_text())
+    (alone / "inputs.json").write_text(json.dumps(inputs | {"data": str(IMAGES)}))
+    return alone
 
 
 @pytest.mark.parametrize(("arguments", "code", "text"), ROWS.values(), ids=ROWS)
