@@ -324,6 +324,17 @@ def test_metrics_without_images_enough_are_left_out_and_named():
     assert SSCDFeatures(FakeEmbedder()).compare(some_features(2, 0), Reference("real", "", some_features(9, 1))).notes
 
 
+def test_kd_sscd_has_the_third_power_of_cosine_plus_one_as_its_kernel():
+    samples, real = (SSCDFeatures(FakeEmbedder())(random_images(n, 32, n)) for n in (9, 11))
+    found = SSCDFeatures(FakeEmbedder()).compare(samples, Reference("real", "", real)).metrics["kd-sscd"]
+    own, other, cross = (
+        (a.vectors.astype(np.float64) @ b.vectors.T.astype(np.float64) + 1) ** 3
+        for a, b in ((samples, samples), (real, real), (samples, real))
+    )
+    within = sum((k.sum() - np.trace(k)) / (len(k) * (len(k) - 1)) for k in (own, other))
+    assert found == pytest.approx(within - 2 * cross.mean(), rel=1e-5)
+
+
 def test_a_file_reference_is_known_by_its_numbers(tmp_path):
     for name, scale in (("a", 1.0), ("b", 2.0)):
         np.savez(tmp_path / f"{name}.npz", mu=np.zeros(4), sigma=np.eye(4) * scale)
