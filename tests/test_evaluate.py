@@ -399,6 +399,9 @@ def test_an_edit_is_evaluated_beside_the_unedited_model(capsys, scored, fake_ssc
         assert code == 0, err
         documents.append(json.loads(out))
     assert [d["edit"] for d in documents] == [None, "half"]
+    code, _, err = run(capsys, "evaluate", "--run", scored, "--samples", 4, "--loss-images", 3)
+    assert code == 0, err
+    assert "all 4 samples are there already" in err
     assert documents[0]["metrics"]["loss_train"] != documents[1]["metrics"]["loss_train"]
     assert documents[0]["sample_folder"] != documents[1]["sample_folder"]
 
