@@ -116,6 +116,17 @@ def test_half_precision_gives_about_the_same(toy_model):
     assert float(torch.corrcoef(torch.stack([found.flatten(), whole.flatten()]))[0, 1]) > 0.99
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA GPU")
+@pytest.mark.parametrize("family", ["rar", "var"])
+def test_a_gpu_gives_the_slopes_of_a_cpu(family):
+    model = random_model(family)
+    tokens, labels = draw(model, 5, 1)
+    expected = loss_slopes(model, tokens, labels)
+    model.generator.cuda()
+    model.tokenizer.cuda()
+    torch.testing.assert_close(loss_slopes(model, tokens, labels), expected, rtol=1e-3, atol=1e-6)
+
+
 def test_tokens_and_callers_of_inference_mode_are_taken(toy_model):
     with torch.inference_mode():
         tokens = toy_model.tokenize(to_unit_range(torch.from_numpy(random_images(3, 16))))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -349,3 +350,30 @@ def test_checkpoints_are_written_to_new_files_of_known_kinds(model, tmp_path, na
     with pytest.raises(UsageError, match=text):
         save_checkpoint(model, tmp_path / name)
     assert (tmp_path / "there.bin").read_text() == "mine"
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".safetensors"])
+def test_a_checkpoint_that_does_not_fit_leaves_nothing(model, tmp_path, suffix):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # as on a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(UsageError, match="got a failed write .*: make room or choose another place"):
+            save_checkpoint(model, tmp_path / f"edited{suffix}")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA GPU")
+@pytest.mark.parametrize("factor", [0.3, torch.tensor([0.3, 0.5, 0.3, 1.7, 0.0])], ids=["one", "each"])
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_edits_on_a_gpu_have_the_bits_of_those_on_a_cpu(model, dtype, factor):
+    model.generator.to(dtype)
+    before = state_of(model)
+    with scale_units(model, choose(*CHOSEN), factor):
+        expected = state_of(model)
+    model.generator.cuda()
+    with scale_units(model, choose(*CHOSEN), factor):
+        assert same_bits({k: v.cpu() for k, v in state_of(model).items()}, expected)
+    assert same_bits({k: v.cpu() for k, v in state_of(model).items()}, before)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -35,10 +36,15 @@ def save_checkpoint(model: Model, path: str | Path) -> None:
     path = Path(path)
     check_checkpoint_path(path)
     state = {name: _own_memory(tensor) for name, tensor in model.generator.state_dict().items()}
-    if path.suffix == ".safetensors":
-        write_atomically(path, lambda partial: save_file(state, partial))
-    else:
-        write_atomically(path, lambda partial: torch.save(state, partial))
+    write = save_file if path.suffix == ".safetensors" else torch.save
+    try:
+        write_atomically(path, lambda partial: write(state, partial))
+    except (RuntimeError, SafetensorError) as error:
+        # neither writer raises an OSError where the disk is full
+        raise UsageError(
+            f"expected room for {sum(t.nbytes for t in state.values()) / 1e6:,.0f} MB at {path}, got a failed write "
+            f"({' '.join(str(error).split())[:100]}): make room or choose another place"
+        ) from error
 
 
 def _own_memory(tensor: Tensor) -> Tensor:

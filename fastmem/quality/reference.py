@@ -54,6 +54,7 @@ def read_reference(
     labels, counts = np.unique(manifest.labels, return_counts=True)
     return Reference(
         f"{description}, {len(features):,} images",
+        content,
         features,
         class_counts=dict(zip(labels.tolist(), counts.tolist(), strict=True)),
         train=train,
@@ -62,7 +63,9 @@ def read_reference(
 
 def file_reference(path: Path, extractor: FeatureExtractor) -> Reference:
     """Mean and covariance out of a .npz file. Raises: as ``read_statistics``."""
-    return Reference(f"statistics {path}", gaussian=read_statistics(path, extractor.dimensions))
+    gaussian = read_statistics(path, extractor.dimensions)
+    content = hashlib.sha256(gaussian.mu.tobytes() + gaussian.sigma.tobytes()).hexdigest()
+    return Reference(f"statistics {path}", content, gaussian=gaussian)
 
 
 def _content(source: ImageSource, manifest: Manifest, recipe: Views) -> str:

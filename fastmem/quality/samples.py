@@ -81,12 +81,12 @@ class SampleFolder:
     def start(self, identity: Mapping[str, Any], resume: bool) -> None:
         """Make the folder, or go on in it.
 
-        Raises: UsageError where it holds samples and ``resume`` is off, or others than ``identity`` says.
+        Raises: UsageError where it holds a part of the samples and ``resume`` is off, or others than ``identity`` says.
         """
         file = self.path / "samples.json"
         if file.exists():
-            if not resume:
-                raise UsageError(f"expected no samples in {self.path} yet, got some: go on from them with --resume")
+            if not resume and not all(map(self.has_tokens, range(len(self.shards)))):
+                raise UsageError(f"expected no unfinished samples in {self.path}, got some: go on with --resume")
             before = read_json(file, FOLDER_SCHEMA)
             for key, value in identity.items():
                 if before.get(key) != value:
