@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +15,10 @@ from PIL import Image
 from test_cli import run
 
 from fastmem import FolderSource, embedded_source, load_model, score
+from fastmem.cli.evaluate import image_doses
 from fastmem.cli.opening import open_run
-from fastmem.cli.sweep import image_groups
 from fastmem.data.manifest import Manifest
 from fastmem.demo.controls import dose_groups
-from fastmem.demo.doses import IMAGES
 from fastmem.extraction.verdicts import SSCDJudge
 from fastmem.runs import RunFolder, RunInputs
 from fastmem.sweep.plan import Row
@@ -48,8 +48,8 @@ def scored(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(scored: Path, tmp_path: Path) -> Path:
-    """A copy of the run, to write into."""
-    return Path(shutil.copytree(scored, tmp_path / "run"))
+    """A copy of the run and its pictures, to write into."""
+    return Path(shutil.copytree(scored.parent, tmp_path / "scored")) / "run"
 
 
 SMALL = ("--judge", "tokens", "--fractions", "5%", "--seeds", 1, "--declared-seeds", 2)
@@ -65,8 +65,8 @@ def test_one_json_document_a_table_and_a_picture(capsys, folder):
     # no edit, a selection, two declared seeds of random, and three more factors of it for equal quality
     assert len(document["rows"]) == 7
     assert (document["targets"], document["reported_targets"], document["cost"]) == (16, 8, "loss_heldout")
-    assert document["groups"] == {"1": 8, "16": 8}
-    assert document["rows"][0]["by_group"]["16"] == document["rows"][0]["extracted"] == 8
+    assert document["groups"] == {"dose-1": 8, "dose-16": 8}
+    assert document["rows"][0]["by_group"]["dose-16"] == document["rows"][0]["extracted"] == 8
     assert all(sum(r["by_group"].values()) == r["extracted"] for r in document["rows"])
     assert {c["rival"] for c in document["comparisons"]} == {"random", "random at equal quality"}
     assert [r["row"]["by"] for r in document["re_attacks"]] == ["attribution", "random"]
@@ -133,9 +133,12 @@ def test_with_an_embedder_quality_is_of_samples_unless_asked_otherwise(capsys, f
 
 def test_other_images_have_no_doses(folder):
     opened = open_run(str(folder), device="cpu")
-    assert set(image_groups(opened)) == {"1", "16"}
-    RunInputs("rar-tiny", data=str(IMAGES)).save(opened.folder)
-    assert image_groups(opened) == {}
+    doses = image_doses(opened)
+    assert {name: len(ids) for name, ids in doses.items()} == {"dose-1": 8, "dose-16": 8}
+    own = replace(
+        opened, sources={"train": FolderSource(folder.parent / "train", classes=opened.sources["train"].classes)}
+    )
+    assert image_doses(own) == {}
 
 
 @pytest.mark.parametrize(
