@@ -19,7 +19,7 @@ from fastmem.sweep.findings import Findings, find, write_table
 from fastmem.sweep.pareto import pareto_front
 from fastmem.sweep.plan import NO_EDIT, Row, SweepSettings, plan_hash, plan_rows
 from fastmem.sweep.plot import draw_sweep
-from fastmem.sweep.search import LADDER, search
+from fastmem.sweep.search import LADDER, plain_halving, search
 from fastmem.sweep.table import Measured, RowUnavailable, SweepPlan, SweepReporter, Table, measure_rows
 from fastmem.sweep.targets import TargetSet
 
@@ -329,6 +329,8 @@ def test_the_search_finds_the_smallest_fraction_and_measures_only_its_quality(tm
     assert len(bench.attacked) <= 1 + 4 * len(rows)
     assert len(advanced) == 3
     assert all(r.fraction in (0.0, *LADDER) for r in bench.attacked)
+    assert plain_halving(found) is found[1]
+    assert plain_halving(found[:1]) is None
     record = found[0].record()
     assert (record["by"], record["fraction"]) == ("attribution", 0.07)
 

@@ -310,6 +310,12 @@ def test_edits_are_attacked_once(model, sources, tmp_path, monkeypatch):
     assert ReAttack.of(again[1].record()) == again[1]
 
 
+def test_an_edit_that_cannot_be_made_is_not_attacked_again(model, sources, tmp_path):
+    attacker, made = make_attacker(model, sources)
+    rows = [Row("matched", 0.9, 0.5), Row("random", 0.1, 0.5)]
+    assert [found.row for found in attack_edits_again(attacker, rows, made.bench, tmp_path)] == rows[1:]
+
+
 def test_other_prefixes_are_shorter_and_longer_ones_that_the_model_allows(small_model, small_var):
     # 16 tokens one by one, and 30 tokens in scales that end at 1, 5, 14 and 30
     assert other_prefixes(small_model, 2) == [1, 4, 8]

@@ -28,7 +28,7 @@ from fastmem.sweep.plan import ATTRIBUTION, NO_EDIT, SELECTED, Row, SweepSetting
 from fastmem.sweep.plot import draw_sweep
 from fastmem.sweep.prepare import BenchSettings, Prepared, prepare
 from fastmem.sweep.reattack import Attacker, ReAttack, attack_edits_again
-from fastmem.sweep.search import recipes, search
+from fastmem.sweep.search import plain_halving, recipes, search
 from fastmem.sweep.table import SweepPlan, SweepReporter, Table, measure_rows
 
 SCHEMA = "fastmem.sweep/1"
@@ -121,15 +121,16 @@ def command(
         merge=merge,
     )
     again = () if re_attack is None else edits_at(plan_rows(settings), parse_shares("--re-attack", re_attack))
+    chosen = choose_judge(judge, threshold, sscd, trust_sscd, side, device)
     bench = BenchSettings(
         opened.model.prefixes if all_prefixes else opened.model.prefixes[-1:],
-        samples or SAMPLES_PER_CLASS * opened.model.num_classes,
+        # without an embedder no feature of a sample could be had
+        (samples or SAMPLES_PER_CLASS * opened.model.num_classes) if isinstance(chosen, SSCDJudge) else 0,
         # a search chooses by one half of the targets, whatever it searches
         halved=ATTRIBUTION in settings.by or target_reduction is not None,
         top_per_class=top_per_class,
         seed=seed,
     )
-    chosen = choose_judge(judge, threshold, sscd, trust_sscd, side, device)
     folder = RunFolder(Path(out) if out is not None else opened.folder.path / "sweep")
     identity = identify(opened, bench, chosen)
     if not folder.check(identity, resume):
@@ -265,7 +266,12 @@ def run_search(table: Table, prepared: Prepared, reduction: float, cost: str) ->
         start(len(rows))
         reached = search(table, prepared.counted, reduction, cost, rows, advance)
     found = find([table.measure(NO_EDIT), *(r.measured for r in reached)], prepared.counted, cost)
-    return found.document() | {"target_reduction": reduction, "reached": [r.record() for r in reached]}
+    plain = plain_halving(reached)
+    return found.document() | {
+        "target_reduction": reduction,
+        "reached": [r.record() for r in reached],
+        "plain_halving": None if plain is None else plain.record(),
+    }
 
 
 def run_again(opened: OpenedRun, folder: RunFolder, prepared: Prepared, rows: Sequence[Row]) -> list[ReAttack]:

@@ -21,7 +21,7 @@ def print_document(document: dict[str, Any]) -> None:
     targets = f"{document['reported_targets']:,} of {document['targets']:,} targets"
     click.echo(f"counts are of the {targets} that no units were chosen by, judged by {document['judge']}\n")
     if "reached" in document:
-        click.echo(search_table(document))
+        click.echo(search_table(document) + "\n\n" + search_sentence(document))
     else:
         click.echo(row_table(document))
     if document["comparisons"]:
@@ -96,6 +96,24 @@ def search_table(document: dict[str, Any]) -> str:
     ]
     head = ("edit", "units", "reduction, chosen half", "other half", f"rise of {document['cost']}", "loss_heldout")
     return markdown_table(head, body)
+
+
+def search_sentence(document: dict[str, Any]) -> str:
+    """Whether anything beats plain halving by UnitMem at the same reduction."""
+    plain, reached = document["plain_halving"], document["reached"]
+    if plain is None:
+        goal = f"a reduction of {document['target_reduction']:.0%}"
+        return f"halving by UnitMem does not reach {goal}, {len(reached)} other edits do"
+    cheaper = [r for r in reached if r["cost"] < plain["cost"]]
+    start = (
+        f"halving by UnitMem costs {plain['cost']:+.4f} of {document['cost']} with {percent(plain['fraction'])} of all "
+        "units"
+    )
+    if not cheaper:
+        return f"{start}; nothing that was searched costs less"
+    return (
+        f"{start}; {len(cheaper)} edits cost less, the cheapest {cheaper[0]['cost']:+.4f}: {row_of(cheaper[0]).title}"
+    )
 
 
 def attack_table(found: dict[str, Any]) -> str:

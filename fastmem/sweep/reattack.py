@@ -25,6 +25,7 @@ from fastmem.mitigation.scaling import Units, scale_units
 from fastmem.models.model import Model, to_unit_range
 from fastmem.sweep.plan import Row
 from fastmem.sweep.rescale import SuspectRows, find_rows_scaled_by, find_small_rows
+from fastmem.sweep.table import RowUnavailable
 
 SCHEMA = "fastmem.re-attack/1"
 # shares of an image's tokens: one shorter than the ladder's longest prefix, which is about an eighth, and two longer
@@ -189,7 +190,7 @@ def other_prefixes(model: Model, prefix: int) -> list[int]:
 
 
 def attack_edits_again(attacker: Attacker, rows: Sequence[Row], editor: Editor, folder: Path) -> list[ReAttack]:
-    """``attack_again`` for every row, a file each in ``folder``; what is there already is read.
+    """``attack_again`` for every row whose units can be chosen, a file each in ``folder``; what is there is read.
 
     Raises: InputFileError for a damaged file; UsageError where the folder cannot be written.
     """
@@ -197,6 +198,11 @@ def attack_edits_again(attacker: Attacker, rows: Sequence[Row], editor: Editor, 
     for row in rows:
         file = folder / f"{row.key}.json"
         if not file.exists():
-            write_json(file, {"schema": SCHEMA, **attacker.attack_again(row, editor).record()})
+            try:
+                made = attacker.attack_again(row, editor)
+            # the table has the row with the reason
+            except RowUnavailable:
+                continue
+            write_json(file, {"schema": SCHEMA, **made.record()})
         found.append(ReAttack.of(read_json(file, SCHEMA)))
     return found

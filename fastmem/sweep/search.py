@@ -94,6 +94,11 @@ def search(
     return sorted(found, key=lambda r: r.cost)
 
 
+def plain_halving(reached: Sequence[Reached]) -> Reached | None:
+    """Halving by UnitMem among what was reached, by which the others are measured."""
+    return next((r for r in reached if replace(r.measured.row, fraction=0.0) == PLAIN), None)
+
+
 def _counts(targets: TargetSet, measured: Measured) -> tuple[int, int]:
     """Targets extracted with the longest prefix on the half that edits are chosen by, and on the other."""
     extracted = targets.extracted(measured)[-1]

@@ -1,0 +1,67 @@
+"""A sweep in words."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import pytest
+
+from fastmem.cli.sweep_output import row_table, search_sentence
+from fastmem.sweep.plan import NO_EDIT, Row
+
+
+def record(row: Row, cost: float, reported: int = 5, missing: str = "") -> dict[str, Any]:
+    """A row as ``sweep.json`` has it."""
+    metrics = {} if missing else {"kd-sscd": cost}
+    return asdict(row) | {
+        "reported": None if missing else reported,
+        "missing": missing,
+        "metrics": metrics,
+        "cost": cost,
+    }
+
+
+PLAIN = record(Row("unitmem", 0.3, 0.5), 0.04)
+BETTER = record(Row("attribution", 0.1, 0.5, rounds=2), -0.01)
+
+
+@pytest.mark.parametrize(
+    ("reached", "plain", "text"),
+    [
+        pytest.param(
+            [BETTER, PLAIN],
+            PLAIN,
+            "halving by UnitMem costs +0.0400 of kd-sscd with 30 % of all units; 1 edits cost less, the cheapest "
+            "-0.0100: attribution 10 % x0.5, 2 rounds",
+            id="something is better",
+        ),
+        pytest.param(
+            [PLAIN],
+            PLAIN,
+            "halving by UnitMem costs +0.0400 of kd-sscd with 30 % of all units; nothing that was searched costs less",
+            id="nothing is better",
+        ),
+        pytest.param(
+            [BETTER],
+            None,
+            "halving by UnitMem does not reach a reduction of 80%, 1 other edits do",
+            id="halving falls short",
+        ),
+    ],
+)
+def test_a_search_says_whether_anything_beats_plain_halving(reached, plain, text):
+    document = {"reached": reached, "plain_halving": plain, "cost": "kd-sscd", "target_reduction": 0.8}
+    assert search_sentence(document) == text
+
+
+def test_drawn_rows_are_one_line_and_missing_ones_have_their_reason():
+    rows = [record(NO_EDIT, 0.1, 8), *(record(Row("random", 0.1, 0.5, seed), 0.2, 4 + seed) for seed in range(3))]
+    rows.append(record(Row("matched", 0.1, 0.5), 0.0, missing="too many units"))
+    table = row_table({"rows": rows, "cost": "kd-sscd", "reported_targets": 10, "pareto": [0]})
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+    assert lines == [
+        ["no edit", "1", "8 of 10 (49.0% to 94.3%)", "0.1000", "*"],
+        ["random 10 % x0.5", "3", "5.0, 4 to 6", "0.2000", ""],
+        ["matched 10 % x0.5", "not available", "too many units", "", ""],
+    ]
