@@ -48,7 +48,7 @@ class FakeBench:
 
     def _size(self, rates: dict[str, float]) -> float:
         row = self.row
-        return rates.get(row.by, 0.0) * row.fraction * (1 - row.factor) * (1 + 0.02 * row.seed)
+        return rates.get(row.by, 0.0) * row.fraction * (1 - row.factor) * (1 + 0.02 * row.seed * row.drawn)
 
     def attack(self) -> np.ndarray:
         if self.stop_after is not None and len(self.attacked) == self.stop_after:
@@ -60,9 +60,11 @@ class FakeBench:
         similarity[1, np.arange(left) * 23 % TARGETS] = 0.9
         return similarity
 
-    def quality(self) -> dict[str, float]:
+    def quality(self, seed: int) -> dict[str, float]:
+        assert seed == (0 if self.row.drawn else self.row.seed)
         self.sampled.append(self.row)
-        return {"kd-sscd": 0.1 + self._size(PRICE), "loss_heldout": 5.0}
+        # samples differ by their seed: the first three are 0.01 above and below the mean
+        return {"kd-sscd": 0.1 + self._size(PRICE) + 0.01 * (0.0, 1.0, -1.0, 0.0, 0.0)[seed], "loss_heldout": 5.0}
 
 
 def target_set() -> TargetSet:
@@ -71,7 +73,7 @@ def target_set() -> TargetSet:
     return TargetSet(place // 4, place % 2 == 0, (4, 8), 0.75, {"16": place < 10})
 
 
-SMALL = SweepSettings(0.05, (0.01, 0.05), (0.5,), ("unitmem", "attribution", "random", "matched"), 2, 5)
+SMALL = SweepSettings(0.05, (0.01, 0.05), (0.5,), ("unitmem", "attribution", "random", "matched"), 3, 5)
 
 
 def sweep_small(tmp_path, settings: SweepSettings = SMALL, bench: FakeBench | None = None) -> Findings:
@@ -81,8 +83,8 @@ def sweep_small(tmp_path, settings: SweepSettings = SMALL, bench: FakeBench | No
 
 def test_the_plan_is_every_row_once_in_a_fixed_order():
     rows = plan_rows(SMALL)
-    # no edit; 2 + 2 x 2 seeds at 1 %; 2 + 2 x 5 at the declared 5 %; random at three more factors with 2 seeds
-    assert len(rows) == len(set(rows)) == 1 + 6 + 12 + 6
+    # no edit with 5 seeds; 2 + 2 x 3 seeds at 1 %; 2 x 3 + 2 x 5 at the declared 5 %; random at three more factors
+    assert len(rows) == len(set(rows)) == 5 + 8 + 16 + 9
     assert rows[0] == NO_EDIT
     assert sum(r.by == "random" and (r.fraction, r.factor) == (0.05, 0.5) for r in rows) == 5
     assert {r.factor for r in rows if r.by == "random" and r.fraction == 0.05} == {0.75, 0.5, 0.25, 0.0}
@@ -94,7 +96,7 @@ def test_the_plan_is_every_row_once_in_a_fixed_order():
 
 def test_the_default_plan_fits_the_declared_seeds():
     rows = plan_rows(SweepSettings(0.05))
-    assert len(rows) == 1 + 5 * 6 + 2 * (4 * 3 + 20) + 3 * 3
+    assert len(rows) == 20 + 4 * 6 + 6 * 3 + 2 * (4 * 3 + 20) + 3 * 3
 
 
 @pytest.mark.parametrize(
@@ -115,13 +117,16 @@ def test_a_plan_that_cannot_be_is_refused(change, text):
 
 def test_an_interrupted_sweep_goes_on_and_repeats_no_finished_row(tmp_path):
     rows = plan_rows(SMALL)
-    first = FakeBench(stop_after=7)
+    first = FakeBench(stop_after=3)
     with pytest.raises(KeyboardInterrupt):
         measure_rows(Table(tmp_path / "rows", first), rows, SweepReporter())
-    assert first.attacked == list(rows[:7])
+    # five seeds of no edit need one attack
+    assert first.attacked == [rows[0], *rows[5:7]]
+    assert first.sampled == list(rows[:7])
     second, plans, advanced = FakeBench(), [], []
     again = measure_rows(Table(tmp_path / "rows", second), rows, SweepReporter(plans.append, advanced.append))
-    assert second.attacked == second.sampled == list(rows[7:])
+    assert second.sampled == list(rows[7:])
+    assert second.attacked == [row for row in rows[7:] if row.drawn or not row.seed]
     assert (plans[0].rows, plans[0].done, sum(advanced)) == (len(rows), 7, len(rows))
     third = FakeBench()
     assert [m.row for m in measure_rows(Table(tmp_path / "rows", third), rows, SweepReporter())] == list(rows)
@@ -153,12 +158,12 @@ def test_a_damaged_row_is_refused(tmp_path):
 def test_a_selection_that_cannot_be_made_is_a_row_with_its_reason(tmp_path):
     found = sweep_small(tmp_path, bench=FakeBench(missing="matched"))
     records = [r for r in found.rows() if r["by"] == "matched"]
-    assert len(records) == 7
+    assert len(records) == 8
     assert all(r["missing"].startswith("expected fewer units") and r["extracted"] is None for r in records)
     assert not any(c.rival == "matched" for c in found.comparisons)
     write_table(tmp_path / "sweep.parquet", found)
     table = pyarrow.parquet.read_table(tmp_path / "sweep.parquet").to_pylist()
-    assert sum(row["kd-sscd"] is None for row in table) == 7
+    assert sum(row["kd-sscd"] is None for row in table) == 8
 
 
 def test_findings_count_reported_targets_and_compare_with_means_over_seeds(tmp_path):
@@ -321,11 +326,12 @@ def test_the_search_finds_the_smallest_fraction_and_measures_only_its_quality(tm
     advanced = []
     found = search(Table(tmp_path, bench), target_set(), 0.5, "kd-sscd", rows, advanced.append)
     # targets fall by 4 x strength x fraction x 0.5: half of them are gone at 1/8 and 1/16
-    assert [(r.measured.row.by, r.measured.row.fraction) for r in found] == [("attribution", 0.07), ("unitmem", 0.15)]
+    assert [(r.row.by, r.row.fraction) for r in found] == [("attribution", 0.07), ("unitmem", 0.15)]
     assert found[0].cost == pytest.approx(0.5 * 0.07 * 0.5)
     assert all(r.chosen_reduction >= 0.5 for r in found)
     assert found[0].reduction == pytest.approx(1 - round(40 * (1 - 4 * 4 * 0.07 * 0.5)) / 40, abs=0.06)
-    assert bench.sampled == [NO_EDIT, *(replace(r.measured.row) for r in sorted(found, key=lambda r: -r.cost))]
+    assert {row for row in bench.sampled if not row.seed} == {NO_EDIT, *(r.row for r in found)}
+    assert len(bench.sampled) == 3 * 3
     assert len(bench.attacked) <= 1 + 4 * len(rows)
     assert len(advanced) == 3
     assert all(r.fraction in (0.0, *LADDER) for r in bench.attacked)
@@ -338,7 +344,7 @@ def test_the_search_finds_the_smallest_fraction_and_measures_only_its_quality(tm
 def test_the_search_goes_on_past_a_selection_that_cannot_be_made(tmp_path):
     rows = [Row("unitmem", 0.0, 0.5), Row("matched", 0.0, 0.5)]
     found = search(Table(tmp_path, FakeBench(missing="matched")), target_set(), 0.5, "kd-sscd", rows)
-    assert [r.measured.row.by for r in found] == ["unitmem"]
+    assert [r.row.by for r in found] == ["unitmem"]
 
 
 def test_a_search_for_nothing_is_refused(tmp_path):

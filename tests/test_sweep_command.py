@@ -62,19 +62,19 @@ def test_one_json_document_a_table_and_a_picture(capsys, folder):
     document = json.loads(out)
     assert {"run", "rows", "pareto"} <= set(document)
     assert {"by", "fraction", "factor", "seed", "extracted", "metrics"} <= set(document["rows"][0])
-    # no edit, a selection, two declared seeds of random, and three more factors of it for equal quality
-    assert len(document["rows"]) == 7
+    # two seeds of no edit, a selection, two declared seeds of random, three more factors of it for equal quality
+    assert len(document["rows"]) == 8
     assert (document["targets"], document["reported_targets"], document["cost"]) == (16, 8, "loss_heldout")
     assert document["groups"] == {"dose-1": 8, "dose-16": 8}
     assert document["rows"][0]["by_group"]["dose-16"] == document["rows"][0]["extracted"] == 8
     assert all(sum(r["by_group"].values()) == r["extracted"] for r in document["rows"])
     assert {c["rival"] for c in document["comparisons"]} == {"random", "random at equal quality"}
     assert [r["row"]["by"] for r in document["re_attacks"]] == ["attribution", "random"]
-    assert "7 rows with 16 generations" in err
+    assert "8 rows with 16 generations" in err
     assert "not released weights" in err
     saved = json.loads((folder / "sweep" / "sweep.json").read_text())
     assert {key: saved[key] for key in document} == document
-    assert len(pyarrow.parquet.read_table(folder / "sweep" / "sweep.parquet")) == 7
+    assert len(pyarrow.parquet.read_table(folder / "sweep" / "sweep.parquet")) == 8
     with Image.open(folder / "sweep" / "sweep.png") as image:
         assert np.asarray(image.convert("L")).std() > 5
 
@@ -92,7 +92,7 @@ def test_a_sweep_goes_on_with_more_rows_and_measures_only_those(capsys, folder, 
     code, out, err = run(capsys, "sweep", "--run", folder, *SMALL, "--by", "unitmem,lowest", "--resume")
     assert code == 0, err
     assert measured == [1]
-    assert "3 rows (2 are done)" in err
+    assert "4 rows (3 are done)" in err
     assert "lowest 5 % x0.5" in out
     # other targets make another table
     code, _, err = run(capsys, "sweep", "--run", folder, *SMALL, "--top-per-class", 1, "--by", "unitmem", "--resume")
@@ -110,7 +110,7 @@ def test_the_search_prints_what_reached_the_reduction(capsys, folder, monkeypatc
     assert document["target_reduction"] == 0.3
     assert document["reached"]
     assert all(r["chosen_reduction"] >= 0.3 for r in document["reached"])
-    assert len(document["rows"]) == 1 + len(document["reached"])
+    assert len(document["rows"]) == 1 + 3 * len(document["reached"])
     code, out, _ = run(capsys, *arguments, "--resume")
     assert code == 0
     assert "reduction, chosen half" in out

@@ -155,7 +155,7 @@ def test_what_units_are_chosen_by_is_never_reported(model, sources, monkeypatch)
     )[0]
     other = [i for i, row in enumerate(all_unseen.tokens) if not (row == unseen).all(1).any()]
     expected = model.outcomes(all_unseen.tokens[other], torch.from_numpy(all_unseen.labels[other])).loss.double().mean()
-    metrics = bench.quality()
+    metrics = bench.quality(0)
     assert metrics["loss_heldout"] == pytest.approx(float(expected), rel=1e-6)
     mine = made.targets.take(reported)
     assert metrics["loss_targets"] == pytest.approx(
@@ -172,10 +172,14 @@ def test_all_targets_are_reported_where_no_units_are_chosen_by_them(model, sourc
 def test_quality_of_samples_is_a_metric_with_an_embedder(model, sources, tmp_path):
     embedder = FakeEmbedder()
     given = {"judge": SSCDJudge(embedder), "extractor": SSCDFeatures(embedder), "cache": tmp_path}
-    first = make_bench(model, sources, **given).bench.quality()
+    first = make_bench(model, sources, **given).bench.quality(0)
     assert {"kd-sscd", "loss_heldout", "loss_targets"} <= set(first)
     assert list(tmp_path.iterdir())
-    assert make_bench(model, sources, **given).bench.quality() == first
+    again = make_bench(model, sources, **given).bench
+    assert again.quality(0) == first
+    other = again.quality(1)
+    assert other["kd-sscd"] != first["kd-sscd"]
+    assert other["loss_heldout"] == first["loss_heldout"]
 
 
 def test_a_run_without_held_out_images_is_refused(model, sources):

@@ -265,9 +265,11 @@ def run_search(table: Table, prepared: Prepared, reduction: float, cost: str) ->
     with image_progress("recipes") as (start, advance):
         start(len(rows))
         reached = search(table, prepared.counted, reduction, cost, rows, advance)
-    found = find([table.measure(NO_EDIT), *(r.measured for r in reached)], prepared.counted, cost)
+    found = find([table.measure(NO_EDIT), *(m for r in reached for m in r.measured)], prepared.counted, cost)
     plain = plain_halving(reached)
+    # recipes differ in more than the selection, so that the comparisons of a plan say nothing of them
     return found.document() | {
+        "comparisons": [],
         "target_reduction": reduction,
         "reached": [r.record() for r in reached],
         "plain_halving": None if plain is None else plain.record(),

@@ -74,7 +74,7 @@ def graded_factors(selection: Selection, factor: float) -> Tensor:
 class ModelBench:
     """What a table measures a model with; see ``fastmem.sweep.table.Bench``.
 
-    prefixes: in tokens; measure: the model's quality by metric.
+    prefixes: in tokens; measure: a model's quality by metric, with a seed of its samples.
     """
 
     model: Model
@@ -82,7 +82,7 @@ class ModelBench:
     targets: Targets
     judge: Judge
     prefixes: tuple[int, ...]
-    measure: Callable[[Model], dict[str, float]]
+    measure: Callable[[Model, int], dict[str, float]]
 
     @contextmanager
     def edited(self, row: Row) -> Iterator[int]:
@@ -92,7 +92,7 @@ class ModelBench:
         """
         units = 0
         with ExitStack() as edits:
-            for _ in range(0 if row == NO_EDIT else row.rounds):
+            for _ in range(0 if row.by == NO_EDIT.by else row.rounds):
                 try:
                     selection = self.chooser.choose(row)
                 except UsageError as error:
@@ -106,6 +106,6 @@ class ModelBench:
         generated = attack(self.model, self.targets, self.prefixes)
         return self.judge.similarities(self.model, self.targets, self.prefixes, generated)
 
-    def quality(self) -> dict[str, float]:
-        """Quality of the model as it is, by metric."""
-        return self.measure(self.model)
+    def quality(self, seed: int) -> dict[str, float]:
+        """Quality of the model as it is by metric, its samples drawn with ``seed``."""
+        return self.measure(self.model, seed)

@@ -9,7 +9,7 @@ import numpy as np
 
 from fastmem.sweep.compare import Difference, equal_quality, holm, paired_bootstrap
 from fastmem.sweep.plan import NO_EDIT
-from fastmem.sweep.table import Measured
+from fastmem.sweep.table import Measured, mean_of, unedited_cost
 from fastmem.sweep.targets import TargetSet
 
 # whom every selection is compared with, at the same fraction and factor
@@ -25,8 +25,8 @@ Point = tuple[str, float, float]
 class Side:
     """One side of a comparison, a mean over seeds where it is drawn.
 
-    extracted: float [n] over the reported targets; cost: loss of quality; factor: of its units; reached: False for
-    random units that cannot be made to cost as much as the edit.
+    extracted: float [n] over the reported targets; cost: loss of quality; seeds: of its units or samples; factor: of
+    its units; reached: False for random units that cannot be made to cost as much as the edit.
     """
 
     extracted: np.ndarray
@@ -62,7 +62,7 @@ class Comparison:
 
 
 def sides_of(measured: Sequence[Measured], targets: TargetSet, cost: str) -> dict[Point, Side]:
-    """The means over seeds of every selection, fraction and factor; the first row is the unedited model.
+    """The means over seeds of every selection, fraction and factor; the first rows are the unedited model.
 
     cost: a metric that rises as quality falls.
     """
@@ -70,11 +70,11 @@ def sides_of(measured: Sequence[Measured], targets: TargetSet, cost: str) -> dic
     for m in measured:
         if not m.missing:
             groups.setdefault((m.row.by, m.row.fraction, m.row.factor), []).append(m)
-    before = measured[0].metrics[cost]
+    before = unedited_cost(measured, cost)
     return {
         (by, fraction, factor): Side(
             np.mean([targets.extracted(m)[-1, targets.reported] for m in rows], axis=0),
-            float(np.mean([m.metrics[cost] for m in rows])) - before,
+            mean_of(rows, cost) - before,
             len(rows),
             factor,
         )

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from fastmem.files import write_atomically
 from fastmem.sweep.comparisons import Comparison, compare_all, sides_of
 from fastmem.sweep.pareto import pareto_front
-from fastmem.sweep.table import Measured
+from fastmem.sweep.plan import Row
+from fastmem.sweep.table import Measured, mean_of
 from fastmem.sweep.targets import TargetSet
 
 # metrics that rise as quality falls, best first
@@ -19,7 +22,8 @@ COSTS = ("kd-sscd", "loss_heldout")
 
 @dataclass(frozen=True, eq=False)
 class Findings:
-    """What a table says. cost: the metric whose rise is the quality loss; pareto: positions of rows on the front."""
+    """What a table says. cost: the metric whose rise is the quality loss; pareto: positions of the rows with the first
+    seed of every edit on the front, whose counts and costs are means over its seeds."""
 
     measured: tuple[Measured, ...]
     targets: TargetSet
@@ -60,15 +64,22 @@ class Findings:
 
 
 def find(measured: Sequence[Measured], targets: TargetSet, cost: str) -> Findings:
-    """Compare the rows of a table, the first of which is the unedited model, and find its front.
+    """Compare the rows of a table, the first of which are the unedited model, and find its front.
 
     cost: a metric of every row that rises as quality falls.
     """
-    usable = [i for i, m in enumerate(measured) if not m.missing]
-    counts = [int(targets.extracted(measured[i])[-1, targets.reported].sum()) for i in usable]
-    front = pareto_front(counts, [measured[i].metrics[cost] for i in usable])
+    edits: dict[Row, list[int]] = {}
+    for i, m in enumerate(measured):
+        if not m.missing:
+            edits.setdefault(replace(m.row, seed=0), []).append(i)
+    counts = [
+        float(np.mean([targets.extracted(measured[i])[-1, targets.reported].sum() for i in at]))
+        for at in edits.values()
+    ]
+    front = pareto_front(counts, [mean_of([measured[i] for i in at], cost) for at in edits.values()])
+    firsts = [at[0] for at in edits.values()]
     comparisons = compare_all(sides_of(measured, targets, cost), targets.classes[targets.reported])
-    return Findings(tuple(measured), targets, cost, tuple(comparisons), tuple(usable[i] for i in front))
+    return Findings(tuple(measured), targets, cost, tuple(comparisons), tuple(firsts[i] for i in front))
 
 
 def write_table(path: Path, findings: Findings) -> None:

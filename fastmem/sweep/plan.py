@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from fastmem.errors import UsageError
 from fastmem.scoring.selection import CONTROLS, SELECTIONS
@@ -32,9 +32,9 @@ class Row:
     """One edit of the plan.
 
     by: a selection, or "none" for the unedited model; fraction: share of all units; factor: of the chosen rows; seed:
-    of random and matched units; scope, merge: as ``fastmem.select``; graded: ``factor`` is the best unit's and the
-    others' rise to 1 with falling score; rounds: the units are chosen in so many parts of equal size, each scored on
-    the model that the parts before have edited.
+    of random and matched units, and elsewhere of the samples alone; scope, merge: as ``fastmem.select``; graded:
+    ``factor`` is the best unit's and the others' rise to 1 with falling score; rounds: the units are chosen in so many
+    parts of equal size, each scored on the model that the parts before have edited.
     """
 
     by: str
@@ -50,6 +50,11 @@ class Row:
     def key(self) -> str:
         """The row's name on disk: 16 hexadecimal digits of its settings' SHA-256."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def drawn(self) -> bool:
+        """Whether the seed draws the units."""
+        return self.by in DRAWN
 
     @property
     def title(self) -> str:
@@ -70,7 +75,8 @@ class SweepSettings:
     """What a sweep goes through.
 
     fractions, factors, by: every combination is a row for each seed; seeds: of random and matched units; declared:
-    the fraction that was named before anything was measured, with ``declared_seeds`` seeds at the first factor;
+    the fraction that was named before anything was measured. There, at the first factor, these have ``declared_seeds``
+    seeds and the other selections ``seeds`` of the samples; the unedited model has ``declared_seeds`` of them.
     equal_quality: fractions at which random units of equal quality are looked for, the declared one when None; scope,
     merge: of every selection.
 
@@ -104,17 +110,24 @@ class SweepSettings:
 
 def plan_rows(settings: SweepSettings) -> tuple[Row, ...]:
     """Every row once: the unedited model first, then by fraction, factor and selection."""
-    return tuple(dict.fromkeys((NO_EDIT, *_edits(settings), *_equal_quality(settings))))
+    unedited = (replace(NO_EDIT, seed=seed) for seed in range(settings.declared_seeds))
+    return tuple(dict.fromkeys((*unedited, *_edits(settings), *_equal_quality(settings))))
 
 
 def _edits(settings: SweepSettings) -> Iterator[Row]:
     for fraction in settings.fractions:
         for factor in settings.factors:
             for by in settings.by:
-                declared = fraction == settings.declared and factor == settings.factors[0]
-                seeds = max(settings.seeds, settings.declared_seeds) if declared else settings.seeds
-                for seed in range(seeds if by in DRAWN else 1):
+                for seed in range(
+                    _seeds(settings, by, fraction == settings.declared and factor == settings.factors[0])
+                ):
                     yield Row(by, fraction, factor, seed, settings.scope, settings.merge)
+
+
+def _seeds(settings: SweepSettings, by: str, declared: bool) -> int:
+    if by in DRAWN:
+        return max(settings.seeds, settings.declared_seeds) if declared else settings.seeds
+    return settings.seeds if declared else 1
 
 
 def _equal_quality(settings: SweepSettings) -> Iterator[Row]:

@@ -13,6 +13,7 @@ from fastmem.report.pictures import INK, save_picture
 from fastmem.sweep.comparisons import EQUAL_QUALITY
 from fastmem.sweep.findings import COSTS, Findings
 from fastmem.sweep.plan import DRAWN, NO_EDIT, percent
+from fastmem.sweep.table import unedited_cost
 
 # told apart by marker as well as by colour
 STYLES = {
@@ -56,7 +57,7 @@ Points = dict[str, dict[float, list[tuple[float, float]]]]
 
 
 def _points(findings: Findings, factor: float | None, metric: str) -> Points:
-    before = findings.measured[0].metrics[metric]
+    before = unedited_cost(findings.measured, metric)
     found: Points = {}
     for m in findings.measured:
         if not m.missing and m.row.factor in (NO_EDIT.factor, factor):
@@ -70,8 +71,9 @@ def _draw_panel(axis: Axes, points: Points) -> None:
         _draw_band(axis, by, points[by])
     for by in (by for by in points if by not in (*DRAWN, NO_EDIT.by)):
         _draw_selection(axis, by, points[by])
-    (base,) = points[NO_EDIT.by][NO_EDIT.fraction]
-    axis.plot(*base, "*", color=INK, markersize=13, label="no edit", zorder=5)
+    axis.plot(
+        *np.mean(points[NO_EDIT.by][NO_EDIT.fraction], axis=0), "*", color=INK, markersize=13, label="no edit", zorder=5
+    )
     axis.grid(color="#e6e6e6", linewidth=0.6)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
@@ -103,7 +105,7 @@ def _draw_band(axis: Axes, by: str, rows: Mapping[float, Sequence[tuple[float, f
 def _draw_selection(axis: Axes, by: str, rows: Mapping[float, Sequence[tuple[float, float]]]) -> None:
     colour, marker = STYLES[by]
     fractions = sorted(rows)
-    costs, counts = zip(*(rows[f][0] for f in fractions), strict=True)
+    costs, counts = np.array([np.mean(rows[f], axis=0) for f in fractions]).T
     axis.plot(costs, counts, "-", color=colour, marker=marker, markersize=5.5, linewidth=1.2, label=by)
     if by in ("unitmem", "attribution"):
         for fraction, cost, count in zip(fractions, costs, counts, strict=True):

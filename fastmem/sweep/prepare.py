@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -108,15 +107,15 @@ def _quality(
     settings: BenchSettings,
     losses: Mapping[str, TrueImages],
     cache: Path | None,
-) -> Callable[[Model], dict[str, float]]:
+) -> Callable[[Model, int], dict[str, float]]:
     """What measures a model: losses, and with an extractor its samples against the held-out images of ``source``."""
     if extractor is None:
-        return partial(mean_losses, sets=losses)
+        return lambda model, seed: mean_losses(model, losses)
     reference = read_reference(
         source, manifest, model.view_recipe("center"), extractor, description="held-out images", cache=cache
     )
-    return partial(
-        measure, extractor=extractor, reference=reference, count=settings.samples, seed=settings.seed, losses=losses
+    return lambda model, seed: measure(
+        model, extractor, reference, settings.samples, settings.seed + seed, losses=losses
     )
 
 

@@ -16,12 +16,14 @@ import numpy as np
 
 from fastmem.errors import UsageError
 from fastmem.sweep.plan import ATTRIBUTION, HALVED, NO_EDIT, Row
-from fastmem.sweep.table import Measured, Table
+from fastmem.sweep.table import Measured, Table, mean_of
 from fastmem.sweep.targets import TargetSet
 
 LADDER = (0.01, 0.02, 0.03, 0.05, 0.07, 0.10, 0.15, 0.20, 0.30, 0.40, 0.50)
 FACTORS = (HALVED, 0.25, 0.0)
 SEARCHED = ("unitmem", "within-class", "gap", ATTRIBUTION)
+# a metric of samples varies with their seed: of what is compared, a mean is taken
+SEEDS = 3
 # what every result stands beside
 PLAIN = Row("unitmem", 0.0, HALVED)
 RANDOM = Row("random", 0.0, HALVED)
@@ -31,22 +33,28 @@ RANDOM = Row("random", 0.0, HALVED)
 class Reached:
     """The smallest edit of a recipe that reaches the reduction.
 
-    chosen_reduction, reduction: on the half that it was chosen by, and on the other; cost: loss of quality.
+    measured: with every seed, the first of which was searched with; chosen_reduction, reduction: on the half that it
+    was chosen by, and on the other; cost: loss of quality; all are means over the seeds.
     """
 
-    measured: Measured
+    measured: tuple[Measured, ...]
     chosen_reduction: float
     reduction: float
     cost: float
 
+    @property
+    def row(self) -> Row:
+        """The edit, with the first seed."""
+        return self.measured[0].row
+
     def record(self) -> dict[str, Any]:
         """As ``--json`` has it."""
-        return asdict(self.measured.row) | {
-            "units": self.measured.units,
+        return asdict(self.row) | {
+            "units": self.measured[0].units,
             "chosen_reduction": self.chosen_reduction,
             "reduction": self.reduction,
             "cost": self.cost,
-            "metrics": self.measured.metrics,
+            "metrics": {name: mean_of(self.measured, name) for name in self.measured[0].metrics},
         }
 
 
@@ -76,8 +84,8 @@ def search(
     """
     if not 0 < reduction <= 1:
         raise UsageError(f"expected a reduction above 0 and up to 1, got {reduction}")
-    before = table.measure(NO_EDIT)
-    base = _counts(targets, before)
+    unedited = _sampled(table, NO_EDIT)
+    base = _counts(targets, unedited[0])
     if 0 in base:
         raise UsageError(
             f"expected a model that gives targets away in both halves, got {base[0]} and {base[1]} of them: there is "
@@ -87,16 +95,22 @@ def search(
     for recipe in rows:
         row = _smallest(table, targets, recipe, math.floor(base[0] * (1 - reduction) + 1e-9))
         if row is not None:
-            measured = table.measure(row)
-            chosen, other = (1 - n / b for n, b in zip(_counts(targets, measured), base, strict=True))
-            found.append(Reached(measured, chosen, other, measured.metrics[cost] - before.metrics[cost]))
+            measured = _sampled(table, row)
+            left = np.mean([_counts(targets, m) for m in measured], axis=0)
+            chosen, other = (1 - left / base).tolist()
+            found.append(Reached(tuple(measured), chosen, other, mean_of(measured, cost) - mean_of(unedited, cost)))
         advance(1)
     return sorted(found, key=lambda r: r.cost)
 
 
+def _sampled(table: Table, row: Row) -> list[Measured]:
+    """A row with several seeds, of its samples or of its units where these are drawn."""
+    return [table.measure(replace(row, seed=seed)) for seed in range(SEEDS)]
+
+
 def plain_halving(reached: Sequence[Reached]) -> Reached | None:
     """Halving by UnitMem among what was reached, by which the others are measured."""
-    return next((r for r in reached if replace(r.measured.row, fraction=0.0) == PLAIN), None)
+    return next((r for r in reached if replace(r.row, fraction=0.0) == PLAIN), None)
 
 
 def _counts(targets: TargetSet, measured: Measured) -> tuple[int, int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -36,8 +36,8 @@ class Bench(Protocol):
     def attack(self) -> np.ndarray:
         """Similarity of every target to what greedy generation makes of its prefixes, float32 [P,N]."""
 
-    def quality(self) -> dict[str, float]:
-        """Quality by metric, of the model as it is."""
+    def quality(self, seed: int) -> dict[str, float]:
+        """Quality by metric of the model as it is, its samples drawn with ``seed``."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,12 +99,19 @@ class Table:
         started = time.monotonic()
         try:
             with self.bench.edited(row) as units:
-                similarity = self.bench.attack() if before is None else before.similarity
-                metrics = self.bench.quality() if with_quality else None
+                # the attack is greedy: where a seed is of the samples alone, the first row's holds for all
+                known = before or self._first(row)
+                similarity = self.bench.attack() if known is None else known.similarity
+                metrics = self.bench.quality(0 if row.drawn else row.seed) if with_quality else None
         except RowUnavailable as error:
             return Measured(row, np.empty((0, 0), np.float32), None, 0, 0.0, str(error))
         seconds = time.monotonic() - started + (before.seconds if before is not None else 0.0)
         return Measured(row, similarity, metrics, units, round(seconds, 3))
+
+    def _first(self, row: Row) -> Measured | None:
+        """The same edit with the first seed of the samples, where it is measured."""
+        first = replace(row, seed=0)
+        return Measured.load(self.file(first)) if not row.drawn and row.seed and self.done(first) else None
 
 
 @dataclass(frozen=True)
@@ -141,3 +148,13 @@ def measure_rows(table: Table, rows: Sequence[Row], reporter: SweepReporter) -> 
             if interruption.requested:
                 raise KeyboardInterrupt
     return measured
+
+
+def mean_of(measured: Sequence[Measured], metric: str) -> float:
+    """A metric's mean over rows that have it."""
+    return sum(m.metrics[metric] for m in measured) / len(measured)
+
+
+def unedited_cost(measured: Sequence[Measured], metric: str) -> float:
+    """A metric of the unedited model, the mean over its samples' seeds."""
+    return mean_of([m for m in measured if m.row.by == NO_EDIT.by], metric)
