@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fastmem.data.sources import ArraySource, FolderSource, ZipSource, embedded_source
     from fastmem.errors import FastmemError, InputFileError, UsageError
+    from fastmem.mitigation.attribution import attribution
+    from fastmem.mitigation.edit_file import EditPlan
+    from fastmem.mitigation.scaling import Edit, scale_units
     from fastmem.models.checkpoints import assemble, load_model
     from fastmem.models.registry import model_names
     from fastmem.scoring import ScoreResult, responses, score
@@ -25,6 +28,8 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "ArraySource": "fastmem.data.sources",
+    "Edit": "fastmem.mitigation.scaling",
+    "EditPlan": "fastmem.mitigation.edit_file",
     "FastmemError": "fastmem.errors",
     "FolderSource": "fastmem.data.sources",
     "InputFileError": "fastmem.errors",
@@ -34,6 +39,7 @@ _HOMES = {
     "UsageError": "fastmem.errors",
     "ZipSource": "fastmem.data.sources",
     "assemble": "fastmem.models.checkpoints",
+    "attribution": "fastmem.mitigation.attribution",
     "embedded_source": "fastmem.data.sources",
     "gap": "fastmem.scoring.gap",
     "load_model": "fastmem.models.checkpoints",
@@ -42,12 +48,15 @@ _HOMES = {
     "owners": "fastmem.scoring.ownership",
     "reliability": "fastmem.scoring.reliability",
     "responses": "fastmem.scoring",
+    "scale_units": "fastmem.mitigation.scaling",
     "score": "fastmem.scoring",
     "select": "fastmem.scoring.selection",
 }
 
 __all__ = [
     "ArraySource",
+    "Edit",
+    "EditPlan",
     "FastmemError",
     "FolderSource",
     "InputFileError",
@@ -57,6 +66,7 @@ __all__ = [
     "UsageError",
     "ZipSource",
     "assemble",
+    "attribution",
     "embedded_source",
     "gap",
     "load_model",
@@ -65,6 +75,7 @@ __all__ = [
     "owners",
     "reliability",
     "responses",
+    "scale_units",
     "score",
     "select",
 ]

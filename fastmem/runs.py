@@ -5,6 +5,10 @@ inputs.json         where weights and images came from, so that later stages fin
 manifest-*.parquet  the images of each set, in order, with their folds
 state.safetensors   the statistics so far, replaced by rename; gone when the run is complete
 result.json         the document that ``--json`` prints
+edits/              which units each edit scales, a file for every edit
+samples/            images that the model, edited or not, was sampled for, in shards, with their features
+references/         features of the real images that samples were compared with
+evaluations/        metrics of samples and losses of real images, a document and a picture for every evaluation
 """
 
 from __future__ import annotations
@@ -79,6 +83,21 @@ class RunFolder:
     def result_file(self) -> Path:
         return self.path / "result.json"
 
+    @property
+    def edits_folder(self) -> Path:
+        return self.path / "edits"
+
+    @property
+    def samples_folder(self) -> Path:
+        return self.path / "samples"
+
+    @property
+    def references_folder(self) -> Path:
+        return self.path / "references"
+
+    def evaluation_file(self, name: str) -> Path:
+        return self.path / "evaluations" / f"{name}.json"
+
     def manifest_file(self, split: str) -> Path:
         return self.path / f"manifest-{split}.parquet"
 
@@ -87,6 +106,9 @@ class RunFolder:
 
     def losses_file(self, split: str) -> Path:
         return self.path / f"losses-{split}.safetensors"
+
+    def extraction_folder(self, name: str) -> Path:
+        return self.path / "extractions" / name
 
     def check(self, identity: Mapping[str, Any], resume: bool) -> bool:
         """Whether the folder holds a run to go on with.

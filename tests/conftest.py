@@ -120,3 +120,20 @@ def toy_source() -> ArraySource:
     """23 images of 16 px in 3 of the toy model's 5 classes, of sizes 11, 1 and 11."""
     labels = np.array([0] * 11 + [1] + [3] * 11)
     return ArraySource(random_images(23, 16), labels)
+
+
+class FakeEmbedder:
+    """An embedder without a model: a fixed random projection of the mean colours of 4x4 fields."""
+
+    def __init__(self, name: str = "fake-32", size: int = 32, batch_size: int = 3) -> None:
+        self.name, self.size, self.batch_size = name, size, batch_size
+        self.digest = "f" * 64
+        self.seen = 0
+        self._projection = np.random.default_rng(7).standard_normal((48, 512))
+
+    def __call__(self, pixels: np.ndarray) -> np.ndarray:
+        self.seen += len(pixels)
+        fields = pixels.reshape(len(pixels), 4, self.size // 4, 4, self.size // 4, 3).mean((2, 4)).reshape(-1, 48)
+        # one row at a time, so that no batch changes a bit
+        vectors = np.stack([row @ self._projection for row in fields - 127.0])
+        return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import random_images
+from conftest import FakeEmbedder, random_images
 from PIL import Image
 
 from fastmem import ArraySource, FolderSource, InputFileError, UsageError
@@ -26,23 +26,6 @@ from fastmem.extraction.index_files import read_header, write_index
 from fastmem.extraction.indexing import IndexReporter, build_index, default_index_folder
 from fastmem.extraction.merging import merge_indexes
 from fastmem.files import write_json, write_tensors
-
-
-class FakeEmbedder:
-    """An embedder without a model: a fixed random projection of the mean colours of 4x4 fields."""
-
-    def __init__(self, name: str = "fake-32", size: int = 32, batch_size: int = 3) -> None:
-        self.name, self.size, self.batch_size = name, size, batch_size
-        self.digest = "f" * 64
-        self.seen = 0
-        self._projection = np.random.default_rng(7).standard_normal((48, 512))
-
-    def __call__(self, pixels: np.ndarray) -> np.ndarray:
-        self.seen += len(pixels)
-        fields = pixels.reshape(len(pixels), 4, self.size // 4, 4, self.size // 4, 3).mean((2, 4)).reshape(-1, 48)
-        # one row at a time, so that no batch changes a bit
-        vectors = np.stack([row @ self._projection for row in fields - 127.0])
-        return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
 
 
 def unit(seed: int, count: int) -> np.ndarray:

@@ -20,6 +20,9 @@ COMMANDS = {
     "fetch": ("fastmem.cli.fetch", "Downloads the official files, checks them, or says where to put them."),
     "score": ("fastmem.cli.score", "One pass over a training set: every unit's statistics and UnitMem."),
     "index": ("fastmem.cli.index", "Embeds a training set with SSCD and makes the index that extraction searches."),
+    "extract": ("fastmem.cli.extract", "Pulls training images out of a scored model and judges what comes back."),
+    "mitigate": ("fastmem.cli.mitigate", "Weakens the units that memorise: an edit file, or an edited checkpoint."),
+    "evaluate": ("fastmem.cli.evaluate", "Image quality of a scored model, edited or not: samples and losses."),
     "demo": ("fastmem.cli.demo", "Scores the embedded model on the embedded images."),
     "doctor": ("fastmem.cli.doctor", "What this machine offers, which backend will run, what is missing."),
 }

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import click
 
+from fastmem.cli.extract import choose_judge, run_extraction
+from fastmem.cli.opening import open_run
 from fastmem.cli.options import say
 from fastmem.cli.score import command as score_command
 from fastmem.data.manifest import Manifest
 from fastmem.demo.controls import format_membership, format_ownership, membership_by_dose, ownership
+from fastmem.demo.extraction import ALL_IMAGES, extraction_by_dose, format_extraction, totals
 from fastmem.demo.memorisation import an_eighth, dose_table, format_table
 from fastmem.errors import UsageError
+from fastmem.extraction.embedding import PUBLISHED_SIZE
+from fastmem.extraction.index import EmbeddingIndex
+from fastmem.extraction.indexing import build_index
+from fastmem.extraction.verdicts import SSCDJudge
 from fastmem.models.checkpoints import load_model
 from fastmem.models.registry import entries
 from fastmem.runs import RunFolder
@@ -25,7 +32,8 @@ def command(ctx: click.Context, model: str | None, full: bool, out: str | None) 
 
     The embedded models were trained on 823 of the 1,015 embedded pictures, some of them shown 2, 4, 8 or 16 times as
     often as the rest, so they memorise in graded doses. --full adds what is known of each dose: what comes back from a
-    prefix, how well the loss tells it from held-out images, and which share of the highest units it owns.
+    prefix, how well the loss tells it from held-out images, which share of the highest units it owns, and what SSCD
+    finds extracted when every image is tried.
     """
     name = _choose(model)
     result = ctx.invoke(score_command, model=name, out=out, cfg=True)
@@ -39,6 +47,25 @@ def command(ctx: click.Context, model: str | None, full: bool, out: str | None) 
     known = membership_by_dose(result, manifests["train"])
     click.echo(f"\nMembership inference against held-out images:\n\n{format_membership(known)}")
     click.echo(f"\n{format_ownership(ownership(result, manifests))}")
+    _extract_everything(folder)
+
+
+def _extract_everything(folder: RunFolder) -> None:
+    from fastmem.report.extraction_pictures import draw_dose_response
+
+    opened = open_run(str(folder.path))
+    judge = choose_judge("auto", None, None, False, PUBLISHED_SIZE, "auto")
+    index = None
+    if isinstance(judge, SSCDJudge):
+        say("embedding the training images, where they are not yet")
+        index = EmbeddingIndex(build_index(opened.sources["train"], judge.embedder).path)
+    found = run_extraction(opened, judge, index, opened.model.prefixes, ALL_IMAGES, None)
+    by_dose = extraction_by_dose(found, opened.manifests["train"])
+    click.echo(f"\nExtracted when every image is tried, by {found.judge} above {found.threshold}:\n")
+    click.echo(format_extraction(by_dose | totals(found), found.prefixes))
+    picture = folder.path / "dose-response.png"
+    draw_dose_response(picture, by_dose, found.prefixes, f"{opened.model.name}: extracted, by {found.judge}")
+    click.echo(f"\n{picture}")
 
 
 def _choose(name: str | None) -> str:

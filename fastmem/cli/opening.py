@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 
 from fastmem.cli.options import Command, say
 from fastmem.cli.score import open_sources
@@ -16,6 +17,7 @@ from fastmem.data.manifest import Manifest
 from fastmem.data.sources import ImageSource
 from fastmem.errors import InputFileError, UsageError
 from fastmem.files import read_json
+from fastmem.mitigation.edit_file import load_edit
 from fastmem.models.checkpoints import load_model
 from fastmem.models.model import Model
 from fastmem.runs import RUN_SCHEMA, RunFolder, RunInputs
@@ -43,8 +45,9 @@ def run_options(command: Command) -> Command:
 class OpenedRun:
     """A scored run with everything that made it.
 
-    model: edited where an edit was named; unedited: SHA-256 of its weights before that; sources, manifests: by set,
-    "train" and, where there is one, "heldout".
+    model: edited where an edit was named; unedited: SHA-256 of its weights before that; chosen_on: ids of the images
+    that the edit was chosen on, on which it is not judged, int64 [M]; sources, manifests: by set, "train" and, where
+    there is one, "heldout".
     """
 
     folder: RunFolder
@@ -52,6 +55,7 @@ class OpenedRun:
     model: Model
     unedited: dict[str, str]
     edit: str | None
+    chosen_on: np.ndarray
     sources: dict[str, ImageSource]
     manifests: dict[str, Manifest]
 
@@ -101,11 +105,12 @@ def open_run(
     _check_weights(run, identity, model, unedited)
     sources = open_sources(before.model, data or before.data, heldout or before.heldout, classes or before.classes)
     manifests = {split: Manifest.load(folder.manifest_file(split), sources[split]) for split in splits}
+    chosen_on = np.empty(0, np.int64)
     if edit is not None:
-        from fastmem.mitigation.edit_file import load_edit
-
-        load_edit(folder, edit).apply(model)
-    return OpenedRun(folder, identity, model, unedited, edit, sources, manifests)
+        plan = load_edit(folder, edit)
+        plan.apply(model)
+        chosen_on = plan.chosen_on.numpy()
+    return OpenedRun(folder, identity, model, unedited, edit, chosen_on, sources, manifests)
 
 
 def _check_weights(run: str, identity: dict[str, Any], model: Model, found: dict[str, str]) -> None:

@@ -55,10 +55,10 @@ def ownership(result: ScoreResult, manifests: Mapping[str, Manifest]) -> dict[st
 
 
 def _in_order(shares: list[GroupShare]) -> list[GroupShare]:
-    return sorted(shares, key=lambda row: _place(row.group))
+    return sorted(shares, key=lambda row: place(row.group))
 
 
-def _place(group: str) -> tuple[bool, bool, int]:
+def place(group: str) -> tuple[bool, bool, int]:
     """Doses in rising order, then twins, then held-out images."""
     return group == HELDOUT, not group.isdecimal(), int(group) if group.isdecimal() else 0
 
@@ -73,7 +73,7 @@ def membership_by_dose(result: ScoreResult, manifest: Manifest) -> dict[str, dic
     if train.guided is not None:
         scores["guided"] = (train.guided, heldout.guided)
     group = dose_groups(manifest)
-    names = sorted(set(group.tolist()), key=_place)
+    names = sorted(set(group.tolist()), key=place)
     return {
         name: {by: membership(members[group == name], others) for by, (members, others) in scores.items()}
         for name in names

@@ -85,6 +85,8 @@ class Model(ABC):
         self.prefixes = tuple(self.scaled_prefixes() if prefixes is None else prefixes)
         self.name = type(self).__name__
         self._fingerprint: dict[str, str] = {}
+        # edits of the weights that are not undone, oldest first
+        self.edits: list[Any] = []
 
     image_size: int
     num_tokens: int
@@ -171,6 +173,12 @@ class Model(ABC):
             self._fingerprint = {"checkpoint": _hash(self.generator), "tokenizer": _hash(self.tokenizer)}
         return self._fingerprint
 
+    def exchange_fingerprint(self, known: dict[str, str]) -> dict[str, str]:
+        """For who changes the weights in place: say which hashes are known of them now ({}: none), and get those that
+        were known before."""
+        before, self._fingerprint = self._fingerprint, known
+        return before
+
     @property
     def _rows_of_logits(self) -> int:
         return max(1, LOGITS // (self.num_tokens * self.vocabulary))
@@ -211,7 +219,7 @@ class Model(ABC):
 
         Position t predicts token t. Raises: UsageError for other shapes, tokens or labels out of range.
         """
-        return self.forward_logits(self._check_tokens(tokens), self._check_labels(labels, len(tokens)))
+        return self.forward_logits(*self.check_inputs(tokens, labels))
 
     @torch.inference_mode()
     def outcomes(self, tokens: Tensor, labels: Tensor | None) -> TokenOutcomes:
@@ -323,6 +331,13 @@ class Model(ABC):
         if unknown or not chosen:
             raise UsageError(f"expected segments out of {', '.join(known)}, got {', '.join(unknown) or 'none'}")
         return tuple(known[n] for n in chosen)
+
+    def check_inputs(self, tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens int64 [N,T] and labels int64 [N] on the model's device, as ``forward_logits`` takes them.
+
+        Raises: as ``logits``.
+        """
+        return self._check_tokens(tokens), self._check_labels(labels, len(tokens))
 
     def _check_tokens(self, tokens: Tensor) -> Tensor:
         vocabulary = self.vocabulary

@@ -159,12 +159,13 @@ def draw_contact_sheet(
             color=INK,
         )
         for axis, image_id, response in zip(grid[row, left + 1 :], unit.image_ids, unit.responses, strict=False):
-            _draw_image(axis, source, image_id, f"{_short(names[image_id])}\n{response:.3g}")
+            draw_image(axis, source, image_id, f"{shorten(names[image_id])}\n{response:.3g}")
     figure.suptitle(title, fontsize=11, color=INK)
     save_picture(figure, path)
 
 
-def _draw_image(axis: Axes, source: ImageSource, image_id: int, caption: str) -> None:
+def draw_image(axis: Axes, source: ImageSource, image_id: int, caption: str) -> None:
+    """One image of a source by its id, small, with a caption above it."""
     try:
         picture = source.read(int(source.index_of(np.array([image_id]))[0]))
         picture.thumbnail((160, 160))
@@ -175,6 +176,7 @@ def _draw_image(axis: Axes, source: ImageSource, image_id: int, caption: str) ->
     axis.set_title(caption, fontsize=6, color=INK, pad=2)
 
 
-def _short(name: str) -> str:
+def shorten(name: str) -> str:
+    """The file's name of CLASS/NAME, short enough for a caption."""
     stem = name.rsplit("/", 1)[-1].rsplit(".", 1)[0].replace("$", r"\$")
     return stem if len(stem) <= 18 else stem[:17] + "…"

@@ -1,0 +1,65 @@
+"""The attack: greedy completion of prefixes of true tokens.
+
+Source: arXiv 2502.02514, section 5 (greedy, no guidance, no sampling).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fastmem.errors import UsageError
+from fastmem.extraction.candidates import Targets
+from fastmem.models.model import Model
+
+BATCH_ROWS = 80
+
+
+def attack(
+    model: Model,
+    targets: Targets,
+    prefixes: Sequence[int],
+    *,
+    batch_size: int = BATCH_ROWS,
+    advance: Callable[[int], None] = lambda rows: None,
+) -> Tensor:
+    """Greedy completions of the first P tokens of every target, for each P of ``prefixes``: int64 [P,N,T].
+
+    All prefixes of a target stand side by side in a batch of ``batch_size`` rows; rows with the same label and prefix
+    (P = 0 of one class, for one) are completed once. advance: told of finished rows, which sum up to P*N.
+
+    Raises: UsageError without prefixes, or as ``Model.generate``.
+    """
+    if not prefixes:
+        raise UsageError("expected at least one prefix length, got none")
+    found = torch.empty(len(prefixes), len(targets), model.num_tokens, dtype=torch.int64)
+    wanted: dict[tuple[int, bytes], list[tuple[int, int]]] = {}
+    for i, (label, tokens) in enumerate(zip(targets.labels.tolist(), targets.tokens, strict=True)):
+        for p, length in enumerate(prefixes):
+            wanted.setdefault((label, tokens[:length].numpy().tobytes()), []).append((p, i))
+    rows = list(wanted.items())
+    for start in range(0, len(rows), batch_size):
+        batch = rows[start : start + batch_size]
+        labels = torch.tensor([label for (label, _), _ in batch])
+        first = [places[0] for _, places in batch]
+        made = model.generate(labels, [targets.tokens[i, : prefixes[p]] for p, i in first]).cpu()
+        for row, (_, places) in zip(made, batch, strict=True):
+            for p, i in places:
+                found[p, i] = row
+        advance(sum(len(places) for _, places in batch))
+    return found
+
+
+def token_match(tokens: Tensor, prefixes: Sequence[int], generated: Tensor) -> Tensor:
+    """Share of the tokens after the prefix that are the true ones: float64 [P,N], 1 where the prefix is everything.
+
+    tokens: true ones, int64 [N,T]; generated: int64 [P,N,T].
+    """
+    right = (generated == tokens).double()
+    shares = [
+        right[p, :, length:].mean(1) if length < tokens.shape[1] else right[p].mean(1)
+        for p, length in enumerate(prefixes)
+    ]
+    return torch.stack(shares)

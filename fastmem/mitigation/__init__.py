@@ -1,0 +1,1 @@
+"""Weakening units: scaling their rows in place and exactly undoing it, edit files, edited checkpoints, attribution."""

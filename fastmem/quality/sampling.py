@@ -1,0 +1,142 @@
+"""The pass that fills a folder of samples with tokens, pictures and features, shard after shard."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch import Tensor
+
+from fastmem.errors import UsageError
+from fastmem.models.model import Model
+from fastmem.quality.features import FeatureExtractor, Features, to_bytes
+from fastmem.quality.samples import BATCH, SampleFolder, sample_shard
+from fastmem.runs import Interruption
+
+# a probe of this many samples tells the speed of a CPU; a GPU is not full before a whole shard
+PROBE = 8
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """What determines the samples besides the weights: their number, the seed, and how many are drawn in one batch.
+
+    pictures: write them as PNG files, too.
+
+    Raises: UsageError for fewer than 1 sample or a batch below 1.
+    """
+
+    samples: int
+    seed: int = 0
+    batch_size: int = BATCH
+    pictures: bool = False
+
+    def __post_init__(self) -> None:
+        if self.samples < 1 or self.batch_size < 1:
+            raise UsageError(
+                f"expected at least 1 sample in batches of at least 1, got {self.samples} in batches of "
+                f"{self.batch_size}: raise them"
+            )
+
+
+@dataclass(frozen=True)
+class EvaluationPlan:
+    """What sampling will take: samples, those already there, bytes on disk, seconds at the measured speed."""
+
+    samples: int
+    done: int
+    disk_bytes: int
+    seconds: float | None
+
+
+@dataclass(frozen=True)
+class EvaluationReporter:
+    """Whom an evaluation tells about itself; the defaults are silent.
+
+    planned: before sampling; advance: samples done, from time to time.
+    """
+
+    planned: Callable[[EvaluationPlan], None] = field(default=lambda plan: None)
+    advance: Callable[[int], None] = field(default=lambda samples: None)
+
+
+@dataclass
+class Sampling:
+    """A pass over a folder's shards; ``seconds`` are those spent so far, by part."""
+
+    model: Model
+    samples: SampleFolder
+    settings: EvaluationSettings
+    extractors: tuple[FeatureExtractor, ...]
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def run(self, reporter: EvaluationReporter) -> None:
+        """Make what is missing. Raises: KeyboardInterrupt after the shard during which Ctrl-C came."""
+        left = [number for number in range(len(self.samples.shards)) if self._is_missing(number)]
+        reporter.planned(self._plan(left))
+        reporter.advance(len(self.samples.labels) - self._count(left))
+        with Interruption() as interruption:
+            for number in left:
+                self._fill(number)
+                reporter.advance(len(self.samples.shards[number]))
+                if interruption.requested:
+                    raise KeyboardInterrupt
+
+    @contextmanager
+    def timed(self, part: str) -> Iterator[None]:
+        """Add the time spent inside to ``seconds`` of a part."""
+        started = time.monotonic()
+        yield
+        self.seconds[part] = round(self.seconds.get(part, 0.0) + time.monotonic() - started, 3)
+
+    def _is_missing(self, number: int) -> bool:
+        return bool(not self.samples.has_tokens(number) or self._extractors_left(number) or self._pictures_left(number))
+
+    def _count(self, numbers: Sequence[int]) -> int:
+        return sum(len(self.samples.shards[number]) for number in numbers)
+
+    def _extractors_left(self, number: int) -> list[FeatureExtractor]:
+        return [e for e in self.extractors if not self.samples.has_features(number, e)]
+
+    def _pictures_left(self, number: int) -> list[int]:
+        members = self.samples.shards[number].tolist() if self.settings.pictures else []
+        return [sample for sample in members if not self.samples.picture_file(sample).exists()]
+
+    def _plan(self, left: Sequence[int]) -> EvaluationPlan:
+        """The time from a probe that is thrown away, where more than a few shards are left."""
+        count, seconds = self._count(left), None
+        if len(left) > 2:
+            probe = self.samples.labels[: self.settings.batch_size if self.model.device.type == "cuda" else PROBE]
+            started = time.monotonic()
+            pixels = to_bytes(self.model.decode(sample_shard(self.model, probe, self.settings.seed, 0)))
+            for extractor in self.extractors:
+                extractor(pixels)
+            seconds = (time.monotonic() - started) / len(probe) * count
+        numbers = 2 * self.model.num_tokens + 4 * sum(e.dimensions for e in self.extractors)
+        return EvaluationPlan(len(self.samples.labels), len(self.samples.labels) - count, numbers * count, seconds)
+
+    def _fill(self, number: int) -> None:
+        members = self.samples.shards[number]
+        tokens = self._tokens(number)
+        extractors, pictures = self._extractors_left(number), self._pictures_left(number)
+        if not extractors and not pictures:
+            return
+        with self.timed("decoding"):
+            pixels = to_bytes(self.model.decode(tokens))
+        self.samples.save_pictures(pictures, pixels[np.isin(members, pictures)])
+        for extractor in extractors:
+            with self.timed("features"):
+                features: Features = extractor(pixels)
+            self.samples.save_features(number, extractor, features)
+
+    def _tokens(self, number: int) -> Tensor:
+        if self.samples.has_tokens(number):
+            return self.samples.tokens(number)
+        with self.timed("sampling"):
+            labels = self.samples.labels[self.samples.shards[number]]
+            tokens = sample_shard(self.model, labels, self.settings.seed, number)
+        self.samples.save_tokens(number, tokens)
+        return tokens

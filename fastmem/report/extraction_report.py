@@ -1,0 +1,164 @@
+"""What an extraction leaves: a table with a row per target and prefix, pictures, and the document of ``--json``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastmem.data.manifest import Manifest
+from fastmem.extraction.association import Association, associate
+from fastmem.extraction.extract import Extraction, Verdicts
+from fastmem.extraction.verdicts import Count
+from fastmem.files import write_atomically
+from fastmem.scoring.ownership import owned_units, owners
+from fastmem.scoring.selection import find_matched, select
+from fastmem.stats import UnitStats
+
+RANKINGS = ("unitmem", "within-class", "gap")
+FRACTION = 0.05
+BINS = np.round(np.linspace(-1, 1, 41), 2)
+
+
+def counts(verdicts: Verdicts, among: np.ndarray, original: bool = False) -> list[Count]:
+    """Extracted of the targets ``among`` (bool [N]), for every prefix."""
+    found = verdicts.extracted_original if original else verdicts.extracted
+    return [Count(int((row & among).sum()), int(among.sum())) for row in found]
+
+
+def find_associations(extraction: Extraction, stats: UnitStats, heldout: UnitStats | None) -> dict[str, Association]:
+    """For every ranking, whether candidates that own a unit of its top 5 % are extracted more often (last prefix)."""
+    verdicts = extraction.sets["train"]
+    candidates = verdicts.targets.take(verdicts.candidate)
+    extracted = verdicts.extracted[_longest(extraction)][verdicts.candidate]
+    found = {}
+    for by in RANKINGS:
+        if by == "gap" and (heldout is None or not heldout.count or find_matched(stats, heldout) is None):
+            continue
+        if by == "within-class" and stats.known_summary is None and stats.rows is None:
+            continue
+        owned = owned_units(candidates.ids, owners(stats, select(stats, FRACTION, by, heldout=heldout), heldout))
+        found[by] = associate(owned > 0, extracted)
+    return found
+
+
+def _longest(extraction: Extraction) -> int:
+    return int(np.argmax(extraction.prefixes))
+
+
+def describe(extraction: Extraction, associations: Mapping[str, Association]) -> dict[str, Any]:
+    """The document of ``--json``, without the run and the edit."""
+    train, heldout = extraction.sets["train"], extraction.sets.get("heldout")
+    keys = [str(p) for p in extraction.prefixes]
+    judged = not np.isnan(train.original).all()
+    thresholds = extraction.false_alarm_thresholds()
+    document = {
+        "candidates": int(train.candidate.sum()),
+        "threshold": extraction.threshold,
+        "prefix_unit": "tokens",
+        "prefixes": list(extraction.prefixes),
+        "embedder": extraction.judge,
+        "index": extraction.index,
+        "extracted": _by_prefix(keys, [c.k for c in counts(train, train.candidate)]),
+        "extracted_interval": _by_prefix(keys, [_interval(c) for c in counts(train, train.candidate)]),
+        "extracted_original": _by_prefix(
+            keys, [c.k if judged else None for c in counts(train, train.candidate, original=True)]
+        ),
+        "extracted_distinct": _by_prefix(keys, [train.distinct(p) for p in range(len(keys))]),
+        "ceiling": int((train.ceiling[train.candidate] > extraction.threshold).sum()) if judged else None,
+        "token_match": _by_prefix(keys, [round(float(row[train.candidate].mean()), 6) for row in train.match]),
+        "false_alarm_threshold": _by_prefix(keys, [None if t is None else round(t, 6) for t in thresholds]),
+        "extracted_at_false_alarms": _by_prefix(
+            keys,
+            [
+                None if t is None else int((row[train.candidate] > t).sum())
+                for t, row in zip(thresholds, train.similarity, strict=True)
+            ],
+        ),
+        "matched_candidates": int(train.matched.sum()),
+        "matched_extracted": _by_prefix(keys, [c.k for c in counts(train, train.matched)]),
+        "heldout_candidates": 0 if heldout is None else int(heldout.candidate.sum()),
+        "heldout_extracted": _by_prefix(
+            keys, [0] * len(keys) if heldout is None else [c.k for c in counts(heldout, heldout.candidate)]
+        ),
+        "histogram": {
+            "edges": BINS.tolist(),
+            **{split: _histogram(keys, verdicts) for split, verdicts in extraction.sets.items()},
+        },
+        "associations": {by: a.document() for by, a in associations.items()},
+        "seconds": round(extraction.seconds, 3),
+    }
+    if heldout is not None:
+        document["heldout_interval"] = _by_prefix(keys, [_interval(c) for c in counts(heldout, heldout.candidate)])
+        near = heldout.twin_similarity[heldout.candidate]
+        known = not np.isnan(near).all()
+        document["heldout_near_training"] = int((near > extraction.threshold).sum()) if known else None
+    return document
+
+
+def _by_prefix(keys: list[str], values: list[Any]) -> dict[str, Any]:
+    return dict(zip(keys, values, strict=True))
+
+
+def _interval(count: Count) -> list[float]:
+    return [round(end, 6) for end in count.interval]
+
+
+def _histogram(keys: list[str], verdicts: Verdicts) -> dict[str, list[int]]:
+    rows = verdicts.similarity[:, verdicts.candidate]
+    return _by_prefix(keys, [np.histogram(row, BINS)[0].tolist() for row in rows])
+
+
+def write_verdicts(path: Path, extraction: Extraction, manifests: Mapping[str, Manifest]) -> None:
+    """Write the table: one row for each target and prefix.
+
+    Columns: id, set, class, label, name, candidate, matched, candidate_score, prefix, token_match, similarity,
+    extracted, similarity_to_image, extracted_image, ceiling, nearest_id, nearest_name, nearest_similarity,
+    twin_similarity, group. What was not measured is null.
+    """
+    import pyarrow
+    from pyarrow import parquet
+
+    train = manifests["train"]
+    names = dict(zip(train.ids.tolist(), train.names.tolist(), strict=True))
+    tables = []
+    for split, v in extraction.sets.items():
+        for p, prefix in enumerate(extraction.prefixes):
+            count = len(v.targets)
+            original = _or_null(v.original[p])
+            tables.append(
+                pyarrow.table(
+                    {
+                        "id": v.targets.ids,
+                        "set": pyarrow.array([split] * count),
+                        "class": [manifests[split].classes[label] for label in v.targets.labels],
+                        "label": v.targets.labels,
+                        "name": list(v.targets.names),
+                        "candidate": v.candidate,
+                        "matched": v.matched,
+                        "candidate_score": v.targets.scores,
+                        "prefix": pyarrow.array([prefix] * count, pyarrow.int32()),
+                        "token_match": v.match[p],
+                        "similarity": v.similarity[p],
+                        "extracted": v.extracted[p],
+                        "similarity_to_image": original,
+                        "extracted_image": pyarrow.array(v.extracted_original[p], mask=np.isnan(v.original[p])),
+                        "ceiling": _or_null(v.ceiling),
+                        "nearest_id": pyarrow.array(v.nearest[p], mask=v.nearest[p] < 0),
+                        "nearest_name": pyarrow.array([names.get(i) for i in v.nearest[p].tolist()], pyarrow.string()),
+                        "nearest_similarity": _or_null(v.nearest_similarity[p]),
+                        "twin_similarity": _or_null(v.twin_similarity),
+                        "group": v.groups,
+                    }
+                )
+            )
+    table = pyarrow.concat_tables(tables)
+    write_atomically(path, lambda partial: parquet.write_table(table, partial))
+
+
+def _or_null(values: np.ndarray) -> Any:
+    import pyarrow
+
+    return pyarrow.array(values, mask=np.isnan(values))

@@ -1,0 +1,45 @@
+"""A sheet of samples, as PNG."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from fastmem.models.model import Model
+from fastmem.quality.features import to_bytes
+from fastmem.quality.samples import SampleFolder
+from fastmem.report.pictures import INK, save_picture
+
+CLASSES, COLUMNS = 8, 8
+
+
+def draw_samples(path: Path, model: Model, samples: SampleFolder, classes: Sequence[str], title: str) -> None:
+    """The first samples of some classes, a row for each: those of which there are most, evenly over their order.
+
+    classes: names in label order; a label beyond them is drawn as its number.
+    """
+    labels, counts = np.unique(samples.labels, return_counts=True)
+    full = labels[counts >= min(COLUMNS, counts.max())]
+    rows = full[np.unique(np.linspace(0, len(full) - 1, min(CLASSES, len(full))).round().astype(int))]
+    figure = Figure(figsize=(1.5 + 1.1 * COLUMNS, 0.6 + 1.1 * len(rows)), layout="constrained")
+    grid = figure.subplots(len(rows), COLUMNS + 1, squeeze=False, width_ratios=[1.3, *[1] * COLUMNS])
+    for axis in grid.flat:
+        axis.set_axis_off()
+    for row, label in zip(grid, rows.tolist(), strict=True):
+        name = classes[label] if label < len(classes) else f"class {label}"
+        row[0].text(1, 0.5, name.replace("$", r"\$")[:24], ha="right", va="center", fontsize=7, color=INK, wrap=True)
+        members = np.flatnonzero(samples.labels == label)[:COLUMNS]
+        for axis, picture in zip(row[1:], _pictures(model, samples, members), strict=False):
+            axis.imshow(picture)
+    figure.suptitle(title, fontsize=10, color=INK)
+    save_picture(figure, path)
+
+
+def _pictures(model: Model, samples: SampleFolder, members: np.ndarray) -> np.ndarray:
+    """Decoded samples, uint8 [n,S,S,3]."""
+    tokens = [samples.tokens(sample // samples.batch)[sample % samples.batch] for sample in members.tolist()]
+    return to_bytes(model.decode(torch.stack(tokens)))
