@@ -23,6 +23,7 @@ COMMANDS = {
     "extract": ("fastmem.cli.extract", "Pulls training images out of a scored model and judges what comes back."),
     "mitigate": ("fastmem.cli.mitigate", "Weakens the units that memorise: an edit file, or an edited checkpoint."),
     "evaluate": ("fastmem.cli.evaluate", "Image quality of a scored model, edited or not: samples and losses."),
+    "sweep": ("fastmem.cli.sweep", "Edits of many sizes and selections beside their controls, and the best of them."),
     "demo": ("fastmem.cli.demo", "Scores the embedded model on the embedded images."),
     "doctor": ("fastmem.cli.doctor", "What this machine offers, which backend will run, what is missing."),
 }

@@ -228,6 +228,8 @@ def run_evaluation(
 
 def describe(plan: EvaluationPlan) -> str:
     """One line before sampling: how many, bytes on disk, and how long at the measured speed."""
+    if plan.done == plan.samples:
+        return f"all {plan.samples:,} samples are there already"
     done = f" ({plan.done:,} are there)" if plan.done else ""
     time_left = f", about {duration(plan.seconds)} at the measured speed" if plan.seconds is not None else ""
     return f"sampling {plan.samples:,} images{done}, about {size(plan.disk_bytes)} on disk{time_left}"

@@ -113,12 +113,12 @@ def command(
     return document
 
 
-def parse_share(text: str) -> float:
-    """--top as a share of the units: "5%" or "0.05". Raises: UsageError for anything else."""
+def parse_share(text: str, option: str = "--top") -> float:
+    """An option as a share of the units: "5%" or "0.05". Raises: UsageError for anything else."""
     found = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*(%?)", text.strip())
     share = float(found[1]) / (100 if found[2] else 1) if found else 0.0
     if not 0 < share <= 1:
-        raise UsageError(f"expected --top above 0 and up to 100 %, such as 5% or 0.05, got {text!r}")
+        raise UsageError(f"expected {option} above 0 and up to 100 %, such as 5% or 0.05, got {text!r}")
     return share
 
 

@@ -28,8 +28,11 @@ def report_progress() -> Iterator[Reporter]:
 
 
 @contextmanager
-def image_progress() -> Iterator[tuple[Callable[[int], None], Callable[[int], None]]]:
-    """Two functions: one that starts the count to a number of images, and one that tells how many more are done."""
+def image_progress(things: str = "images") -> Iterator[tuple[Callable[[int], None], Callable[[int], None]]]:
+    """Two functions: one that starts the count to a number of images, and one that tells how many more are done.
+
+    things: what is counted, where it is not images.
+    """
     console = Console(stderr=True)
     bar = Progress(
         TextColumn("{task.description}"),
@@ -40,12 +43,12 @@ def image_progress() -> Iterator[tuple[Callable[[int], None], Callable[[int], No
         console=console,
         disable=not console.is_terminal,
     )
-    lines = _Lines()
+    lines = _Lines(things)
 
     def start(total: int) -> None:
         lines.start(total)
         bar.start()
-        bar.add_task("images", total=total)
+        bar.add_task(things, total=total)
 
     def advance(images: int) -> None:
         if console.is_terminal:
@@ -78,6 +81,9 @@ def _describe_tokens(tokens: TokenPlan) -> str:
 class _Lines:
     """A line of progress from time to time, for logs."""
 
+    def __init__(self, things: str) -> None:
+        self.things = things
+
     def start(self, total: int) -> None:
         self.total, self.done, self.here = total, 0, 0
         self.started = self.said = time.monotonic()
@@ -92,7 +98,7 @@ class _Lines:
         self.said = now
         speed = self.here / (now - self.started)
         time_left = duration((self.total - self.done) / speed)
-        say(f"{self.done:,} of {self.total:,} images, {speed:.3g} images/s, about {time_left} left")
+        say(f"{self.done:,} of {self.total:,} {self.things}, {speed:.3g} {self.things}/s, about {time_left} left")
 
 
 def duration(seconds: float) -> str:

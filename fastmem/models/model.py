@@ -74,6 +74,8 @@ class Model(ABC):
     tokenizer_class: ClassVar[type[nn.Module]]
     # of a model that no registry row describes: plain sampling, no guidance
     plain_preset: ClassVar[Preset] = Preset()
+    # share of units whose edit a family's results are stated for, named before anything is measured
+    declared_fraction: ClassVar[float] = 0.05
 
     def __init__(
         self, generator: nn.Module, tokenizer: nn.Module, preset: Preset, prefixes: Sequence[int] | None = None

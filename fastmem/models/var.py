@@ -321,6 +321,8 @@ class VARModel(Model):
     generator_class = VAR
     tokenizer_class = MultiScaleVQVAE
     plain_preset = Preset(guidance=0.0)
+    # the published edit is of this share (arXiv 2509.00488); RAR's is the default
+    declared_fraction = 0.10
     generator: VAR
     tokenizer: MultiScaleVQVAE
 

@@ -1,7 +1,8 @@
 """Unbiased kernel distance (squared maximum mean discrepancy) between two sets of feature vectors.
 
-The kernel is KID's, k(x, y) = (x.y / D + 1)^3. With Inception features the distance is KID; with SSCD's it is called
-``kd-sscd``. Neither is ever called FID. Unlike a Frechet distance it is unbiased for any number of images.
+The kernel is KID's, k(x, y) = (x.y / D + 1)^3. With Inception features the distance is KID; with SSCD's, scaled from
+unit length to unit mean square, it is called ``kd-sscd``. Neither is ever called FID. Unlike a Frechet distance it is
+unbiased for any number of images.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from fastmem.models.model import Model
 from fastmem.quality.features import to_bytes
 from fastmem.quality.samples import SampleFolder
-from fastmem.report.pictures import INK, save_picture
+from fastmem.report.pictures import INK, save_picture, shorten
 
 CLASSES, COLUMNS = 8, 8
 
@@ -31,7 +31,7 @@ def draw_samples(path: Path, model: Model, samples: SampleFolder, classes: Seque
         axis.set_axis_off()
     for row, label in zip(grid, rows.tolist(), strict=True):
         name = classes[label] if label < len(classes) else f"class {label}"
-        row[0].text(1, 0.5, name.replace("$", r"\$")[:24], ha="right", va="center", fontsize=7, color=INK, wrap=True)
+        row[0].text(1, 0.5, shorten(name), ha="right", va="center", fontsize=7, color=INK)
         members = np.flatnonzero(samples.labels == label)[:COLUMNS]
         for axis, picture in zip(row[1:], _pictures(model, samples, members), strict=False):
             axis.imshow(picture)

@@ -1,0 +1,116 @@
+"""A sweep in words."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import click
+import numpy as np
+
+from fastmem.extraction.verdicts import Count
+from fastmem.report.markdown import markdown_table
+from fastmem.sweep.plan import DRAWN, Row, percent
+
+ROW_FIELDS = tuple(Row.__dataclass_fields__)
+
+
+def print_document(document: dict[str, Any]) -> None:
+    """Counts and costs of every row, comparisons, what a search reached, re-attacks."""
+    targets = f"{document['reported_targets']:,} of {document['targets']:,} targets"
+    click.echo(f"counts are of the {targets} that no units were chosen by, judged by {document['judge']}\n")
+    if "reached" in document:
+        click.echo(search_table(document))
+    else:
+        click.echo(row_table(document))
+    if document["comparisons"]:
+        click.echo("\n" + comparison_table(document["comparisons"]))
+    for found in document["re_attacks"]:
+        click.echo("\n" + attack_table(found))
+    for path in (*document.get("tables", ()), *document.get("pictures", ())):
+        click.echo(path)
+
+
+def row_of(record: dict[str, Any]) -> Row:
+    """The plan's row of a record."""
+    return Row(**{name: record[name] for name in ROW_FIELDS})
+
+
+def row_table(document: dict[str, Any]) -> str:
+    """A line for every edit; drawn ones as the mean over their seeds, with the lowest and the highest."""
+    cost, total = document["cost"], document["reported_targets"]
+    seeds: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for record in document["rows"]:
+        seeds[row_of(record).title].append(record)
+    front = {row_of(document["rows"][i]).title for i in document["pareto"]}
+    body = []
+    for name, records in seeds.items():
+        if records[0]["missing"]:
+            body.append((name, "not available", records[0]["missing"], "", ""))
+            continue
+        counts = np.array([r["reported"] for r in records])
+        costs = np.array([r["metrics"][cost] for r in records])
+        drawn = records[0]["by"] in DRAWN
+        extracted = (
+            f"{counts.mean():.1f}, {counts.min()} to {counts.max()}" if drawn else str(Count(int(counts[0]), total))
+        )
+        body.append((name, str(len(records)), extracted, f"{costs.mean():.4f}", "*" if name in front else ""))
+    return markdown_table(("edit", "seeds", "extracted", cost, "front"), body)
+
+
+def comparison_table(comparisons: Sequence[dict[str, Any]]) -> str:
+    """A line for every selection beside every rival."""
+    body = []
+    for c in comparisons:
+        d = c["difference"]
+        rival = c["rival"] if c["rival_factor"] == c["factor"] else f"{c['rival']}, x{c['rival_factor']:.2f}"
+        body.append(
+            (
+                f"{c['by']} {percent(c['fraction'])} x{c['factor']:g}",
+                rival + ("" if c["reached"] else " (not reached)"),
+                f"{c['extracted']:.0f}",
+                f"{c['rival_extracted']:.1f}",
+                f"{d['value']:+.1f} ({d['low']:+.1f} to {d['high']:+.1f})",
+                f"{c['holm']:.4f}",
+                f"{c['cost']:+.4f}",
+                f"{c['rival_cost']:+.4f}",
+            )
+        )
+    head = ("edit", "beside", "extracted", "there", "difference (95 %)", "p (Holm)", "quality loss", "there")
+    return markdown_table(head, body)
+
+
+def search_table(document: dict[str, Any]) -> str:
+    """A line for every recipe that reached the reduction, cheapest first."""
+    body = [
+        (
+            row_of(r).title,
+            str(r["units"]),
+            f"{r['chosen_reduction']:.0%}",
+            f"{r['reduction']:.0%}",
+            f"{r['cost']:+.4f}",
+            f"{r['metrics']['loss_heldout']:.3f}",
+        )
+        for r in document["reached"]
+    ]
+    head = ("edit", "units", "reduction, chosen half", "other half", f"rise of {document['cost']}", "loss_heldout")
+    return markdown_table(head, body)
+
+
+def attack_table(found: dict[str, Any]) -> str:
+    """A line for every attempt on one edit."""
+    body = [
+        (a["approach"], str(a["prefix"]), str(a["targets"]), str(a["before"]), str(a["after"]))
+        for a in found["attempts"]
+    ]
+    parts = [
+        f"{Row(**found['row']).title}, {found['units']:,} rows scaled",
+        markdown_table(("attack", "prefix", "targets", "no edit", "edited"), body),
+    ]
+    parts += [
+        f"scaled back by one who knows {r['knows']}: {r['found']:,} rows found, {r['wrong']:,} wrong; "
+        f"{r['extracted']} extracted"
+        for r in found["rescalings"]
+    ]
+    return "\n".join(parts)

@@ -1,0 +1,111 @@
+"""The bench of a model: its edits, its targets under attack, and its quality."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastmem.errors import UsageError
+from fastmem.extraction.attack import attack
+from fastmem.extraction.candidates import Targets
+from fastmem.extraction.verdicts import Judge
+from fastmem.mitigation.attribution import attribution_from_tokens
+from fastmem.mitigation.scaling import scale_units
+from fastmem.models.model import Model
+from fastmem.quality.losses import TrueImages
+from fastmem.scoring.selection import Selection, select
+from fastmem.stats import UnitStats
+from fastmem.sweep.plan import ATTRIBUTION, NO_EDIT, Row
+from fastmem.sweep.table import RowUnavailable
+
+
+class UnitChooser:
+    """Chooses units for a row: by the run's statistics, or by attribution on the model as it is.
+
+    stats, heldout: of the run; memorised, unseen: what attribution weighs against each other. Its scores for the
+    unedited model are made once.
+    """
+
+    def __init__(
+        self, model: Model, stats: UnitStats, heldout: UnitStats, memorised: TrueImages, unseen: TrueImages
+    ) -> None:
+        self.model, self.stats, self.heldout = model, stats, heldout
+        self.memorised, self.unseen = memorised, unseen
+        self._unedited: Tensor | None = None
+
+    def choose(self, row: Row) -> Selection:
+        """The units of one round of a row, on the model as it is.
+
+        Raises: UsageError where they cannot be chosen.
+        """
+        fraction = row.fraction / row.rounds
+        if row.by == ATTRIBUTION:
+            return select(self.stats, fraction, "scores", row.scope, row.merge, scores=self._attribution())
+        heldout = self.heldout if row.by == "gap" else None
+        return select(self.stats, fraction, row.by, row.scope, row.merge, row.seed, heldout)
+
+    def _attribution(self) -> Tensor:
+        if self.model.edits:
+            return self._measure()
+        if self._unedited is None:
+            self._unedited = self._measure()
+        return self._unedited
+
+    def _measure(self) -> Tensor:
+        return attribution_from_tokens(
+            self.model, self.memorised.tokens, self.memorised.labels, self.unseen.tokens, self.unseen.labels
+        )
+
+
+def graded_factors(selection: Selection, factor: float) -> Tensor:
+    """A factor for each unit, float64 [n]: ``factor`` for the highest score, rising to 1 for the lowest of them."""
+    score = selection.score.double()
+    low, high = score.min(), score.max()
+    share = (score - low) / (high - low) if high > low else torch.ones_like(score)
+    return 1 - (1 - factor) * share
+
+
+@dataclass(frozen=True, eq=False)
+class ModelBench:
+    """What a table measures a model with; see ``fastmem.sweep.table.Bench``.
+
+    prefixes: in tokens; measure: the model's quality by metric.
+    """
+
+    model: Model
+    chooser: UnitChooser
+    targets: Targets
+    judge: Judge
+    prefixes: tuple[int, ...]
+    measure: Callable[[Model], dict[str, float]]
+
+    @contextmanager
+    def edited(self, row: Row) -> Iterator[int]:
+        """The model with the row's edit while entered; gives the number of units scaled.
+
+        Raises: RowUnavailable where they cannot be chosen.
+        """
+        units = 0
+        with ExitStack() as edits:
+            for _ in range(0 if row == NO_EDIT else row.rounds):
+                try:
+                    selection = self.chooser.choose(row)
+                except UsageError as error:
+                    raise RowUnavailable(str(error)) from error
+                factor = graded_factors(selection, row.factor) if row.graded else row.factor
+                units += len(edits.enter_context(scale_units(self.model, selection, factor)))
+            yield units
+
+    def attack(self) -> np.ndarray:
+        """Similarity of every target to its completions, float32 [P,N]."""
+        generated = attack(self.model, self.targets, self.prefixes)
+        return self.judge.similarities(self.model, self.targets, self.prefixes, generated)
+
+    def quality(self) -> dict[str, float]:
+        """Quality of the model as it is, by metric."""
+        return self.measure(self.model)

@@ -1,0 +1,94 @@
+"""What a finished table says, as the document that ``--json`` prints and as a parquet table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fastmem.files import write_atomically
+from fastmem.sweep.comparisons import Comparison, compare_all, sides_of
+from fastmem.sweep.pareto import pareto_front
+from fastmem.sweep.table import Measured
+from fastmem.sweep.targets import TargetSet
+
+
+@dataclass(frozen=True, eq=False)
+class Findings:
+    """What a table says. cost: the metric whose rise is the quality loss; pareto: positions of rows on the front."""
+
+    measured: tuple[Measured, ...]
+    targets: TargetSet
+    cost: str
+    comparisons: tuple[Comparison, ...]
+    pareto: tuple[int, ...]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A record of every row: its settings, counts, metrics and costs; counts are null where it is missing."""
+        return [self._record(m) for m in self.measured]
+
+    def document(self) -> dict[str, Any]:
+        """What ``--json`` prints of it."""
+        reported = self.targets.reported
+        return {
+            "targets": len(reported),
+            "reported_targets": int(reported.sum()),
+            "prefixes": list(self.targets.prefixes),
+            "groups": {name: int(mask.sum()) for name, mask in self.targets.groups.items()},
+            "cost": self.cost,
+            "rows": self.rows(),
+            "pareto": list(self.pareto),
+            "comparisons": [asdict(c) for c in self.comparisons],
+        }
+
+    def _record(self, m: Measured) -> dict[str, Any]:
+        record = asdict(m.row) | {"units": m.units, "seconds": m.seconds, "missing": m.missing}
+        if m.missing:
+            return record | {"extracted": None, "reported": None, "by_prefix": {}, "by_group": {}, "metrics": {}}
+        extracted = self.targets.extracted(m)
+        return record | {
+            "extracted": int(extracted[-1].sum()),
+            "reported": int(extracted[-1, self.targets.reported].sum()),
+            "by_prefix": {str(p): int(row.sum()) for p, row in zip(self.targets.prefixes, extracted, strict=True)},
+            "by_group": {name: int(extracted[-1, mask].sum()) for name, mask in self.targets.groups.items()},
+            "metrics": m.metrics,
+        }
+
+
+def find(measured: Sequence[Measured], targets: TargetSet, cost: str) -> Findings:
+    """Compare the rows of a table, the first of which is the unedited model, and find its front.
+
+    cost: a metric of every row that rises as quality falls.
+    """
+    usable = [i for i, m in enumerate(measured) if not m.missing]
+    counts = [int(targets.extracted(measured[i])[-1, targets.reported].sum()) for i in usable]
+    front = pareto_front(counts, [measured[i].metrics[cost] for i in usable])
+    comparisons = compare_all(sides_of(measured, targets, cost), targets.classes[targets.reported])
+    return Findings(tuple(measured), targets, cost, tuple(comparisons), tuple(usable[i] for i in front))
+
+
+def write_table(path: Path, findings: Findings) -> None:
+    """One parquet row for every row of the table, objects as columns of their own.
+
+    Raises: UsageError where the place cannot be written.
+    """
+    import pyarrow
+    from pyarrow import parquet
+
+    flat = []
+    for i, record in enumerate(findings.rows()):
+        nested = {name: record.pop(name) for name in ("by_prefix", "by_group", "metrics")}
+        flat.append(record | {"pareto": i in findings.pareto} | _columns(nested))
+    table = pyarrow.Table.from_pylist(_same_keys(flat))
+    write_atomically(path, lambda partial: parquet.write_table(table, partial))
+
+
+def _columns(nested: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    named = {"by_prefix": "extracted_prefix_", "by_group": "extracted_group_", "metrics": ""}
+    return {f"{named[kind]}{name}": value for kind, values in nested.items() for name, value in values.items()}
+
+
+def _same_keys(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    keys = dict.fromkeys(key for row in rows for key in row)
+    return [{key: row.get(key) for key in keys} for row in rows]

@@ -1,0 +1,126 @@
+"""What all rows of a sweep share, made once: targets and their halves, true images for losses, the reference."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fastmem.data.manifest import Manifest
+from fastmem.data.sources import ImageSource
+from fastmem.errors import UsageError
+from fastmem.extraction.attack import attack
+from fastmem.extraction.candidates import TOP_PER_CLASS, Targets, find_targets, highest_per_class
+from fastmem.extraction.verdicts import Judge
+from fastmem.mitigation.attribution import HELDOUT_IMAGES, halves, spread
+from fastmem.models.model import Model
+from fastmem.quality.evaluate import measure
+from fastmem.quality.features import FeatureExtractor
+from fastmem.quality.losses import TrueImages, mean_losses, read_true_images
+from fastmem.quality.reference import read_reference
+from fastmem.stats import UnitStats
+from fastmem.sweep.bench import ModelBench, UnitChooser
+from fastmem.sweep.targets import TargetSet
+
+
+@dataclass(frozen=True)
+class BenchSettings:
+    """What a sweep measures every row with.
+
+    prefixes: in tokens, ascending; samples: whose quality is measured; halved: whether targets that units can be chosen
+    by are kept apart from those that are reported; seed: of the halves and the samples.
+    """
+
+    prefixes: tuple[int, ...]
+    samples: int
+    halved: bool
+    top_per_class: int = TOP_PER_CLASS
+    seed: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Prepared:
+    """The bench with what it attacks.
+
+    targets: all of them; counted: how they are counted.
+    """
+
+    settings: BenchSettings
+    bench: ModelBench
+    targets: Targets
+    counted: TargetSet
+
+
+def prepare(
+    model: Model,
+    sources: Mapping[str, ImageSource],
+    manifests: Mapping[str, Manifest],
+    stats: Mapping[str, UnitStats],
+    hits: np.ndarray,
+    judge: Judge,
+    extractor: FeatureExtractor | None,
+    settings: BenchSettings,
+    groups: Mapping[str, np.ndarray],
+    cache: Path | None = None,
+) -> Prepared:
+    """Read and tokenize what every row needs.
+
+    sources, manifests, stats: of the sets "train" and "heldout"; hits: candidate scores of the training images, float
+    [N] in manifest order; extractor: of the samples' features, None measures losses alone; groups: ids of training
+    images that are counted apart, by name; cache: where features of the reference are kept.
+
+    Units chosen by attribution see one half of the targets and of the held-out images; counts and losses are reported
+    on the other halves.
+
+    Raises: UsageError without a held-out set; InputFileError where no image can be read.
+    """
+    if "heldout" not in manifests:
+        raise UsageError(
+            "expected a run with held-out images, by which quality is measured, got one without: score it with "
+            "--heldout PATH"
+        )
+    positions = highest_per_class(manifests["train"], hits, settings.top_per_class)
+    targets, _ = find_targets(model, sources["train"], manifests["train"], hits, positions)
+    chosen_by = halves(targets.ids, targets.labels, settings.seed)
+    reported = ~chosen_by if settings.halved else np.ones(len(targets), dtype=bool)
+    unseen = read_true_images(model, sources["heldout"], manifests["heldout"])
+    seen_half = halves(unseen.ids, unseen.labels.numpy(), settings.seed)
+    losses = {"heldout": _take(unseen, ~seen_half), "targets": _true_images(targets.take(reported))}
+    reference = None
+    if extractor is not None:
+        recipe = model.view_recipe("center")
+        reference = read_reference(
+            sources["heldout"], manifests["heldout"], recipe, extractor, description="held-out images", cache=cache
+        )
+
+    def quality(model: Model) -> dict[str, float]:
+        if extractor is None:
+            return mean_losses(model, losses)
+        return measure(model, extractor, reference, settings.samples, settings.seed, losses=losses)
+
+    memorised = _memorised(model, targets, chosen_by, judge, settings.prefixes[-1])
+    seen = _take(unseen, np.flatnonzero(seen_half)[spread(int(seen_half.sum()), HELDOUT_IMAGES)])
+    chooser = UnitChooser(model, stats["train"], stats["heldout"], memorised, seen)
+    bench = ModelBench(model, chooser, targets, judge, settings.prefixes, quality)
+    masks = {name: np.isin(targets.ids, ids) for name, ids in groups.items()}
+    counted = TargetSet(targets.labels, reported, settings.prefixes, judge.threshold, masks)
+    return Prepared(settings, bench, targets, counted)
+
+
+def _memorised(model: Model, targets: Targets, chosen_by: np.ndarray, judge: Judge, prefix: int) -> TrueImages:
+    """Targets of the choosing half that the unedited model gives away; the whole half where it gives none."""
+    half = targets.take(chosen_by)
+    given = judge.similarities(model, half, [prefix], attack(model, half, [prefix]))[0] > judge.threshold
+    return _true_images(half.take(given) if given.any() else half)
+
+
+def _true_images(targets: Targets) -> TrueImages:
+    return TrueImages(targets.ids, torch.from_numpy(targets.labels), targets.tokens)
+
+
+def _take(images: TrueImages, at: np.ndarray) -> TrueImages:
+    chosen = torch.from_numpy(at)
+    return replace(images, ids=images.ids[at], labels=images.labels[chosen], tokens=images.tokens[chosen])

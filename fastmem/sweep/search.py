@@ -1,0 +1,120 @@
+"""The search for the edit that reaches a reduction at the least loss of quality.
+
+For every recipe (a selection with its factor, scope and rounds) the smallest fraction of units that reaches the
+reduction on one half of the targets is found by bisection on a ladder; only that edit's quality is measured. Counts are
+reported on the other half.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from fastmem.errors import UsageError
+from fastmem.sweep.plan import ATTRIBUTION, HALVED, NO_EDIT, Row
+from fastmem.sweep.table import Measured, Table
+from fastmem.sweep.targets import TargetSet
+
+LADDER = (0.01, 0.02, 0.03, 0.05, 0.07, 0.10, 0.15, 0.20, 0.30, 0.40, 0.50)
+FACTORS = (HALVED, 0.25, 0.0)
+SEARCHED = ("unitmem", "within-class", "gap", ATTRIBUTION)
+# what every result stands beside
+PLAIN = Row("unitmem", 0.0, HALVED)
+RANDOM = Row("random", 0.0, HALVED)
+
+
+@dataclass(frozen=True, eq=False)
+class Reached:
+    """The smallest edit of a recipe that reaches the reduction.
+
+    chosen_reduction, reduction: on the half that it was chosen by, and on the other; cost: loss of quality.
+    """
+
+    measured: Measured
+    chosen_reduction: float
+    reduction: float
+    cost: float
+
+    def record(self) -> dict[str, Any]:
+        """As ``--json`` has it."""
+        return asdict(self.measured.row) | {
+            "units": self.measured.units,
+            "chosen_reduction": self.chosen_reduction,
+            "reduction": self.reduction,
+            "cost": self.cost,
+            "metrics": self.measured.metrics,
+        }
+
+
+def recipes() -> list[Row]:
+    """What is searched, plain halving by UnitMem and at random first; the fraction is open."""
+    plain = [Row(by, 0.0, factor) for by in SEARCHED for factor in FACTORS]
+    graded = [Row(by, 0.0, 0.0, graded=True) for by in SEARCHED]
+    per_layer = [Row(by, 0.0, HALVED, scope="per-layer") for by in SEARCHED]
+    again = [Row(ATTRIBUTION, 0.0, factor, rounds=2) for factor in FACTORS[:2]]
+    return list(dict.fromkeys([PLAIN, RANDOM, *plain, *graded, *per_layer, *again]))
+
+
+def search(
+    table: Table,
+    targets: TargetSet,
+    reduction: float,
+    cost: str,
+    rows: Sequence[Row],
+    advance: Callable[[int], None] = lambda recipes: None,
+) -> list[Reached]:
+    """The smallest edit of every recipe that reaches ``reduction``, cheapest first; recipes that never do are left out.
+
+    reduction: of the targets extracted on the half that edits are chosen by, in (0, 1]; cost: a metric that rises as
+    quality falls; rows: recipes, whose fraction is open.
+
+    Raises: UsageError for a reduction outside (0, 1], or where the unedited model gives nothing away on either half.
+    """
+    if not 0 < reduction <= 1:
+        raise UsageError(f"expected a reduction above 0 and up to 1, got {reduction}")
+    before = table.measure(NO_EDIT)
+    base = _counts(targets, before)
+    if 0 in base:
+        raise UsageError(
+            f"expected a model that gives targets away in both halves, got {base[0]} and {base[1]} of them: there is "
+            "nothing to reduce"
+        )
+    found = []
+    for recipe in rows:
+        row = _smallest(table, targets, recipe, math.floor(base[0] * (1 - reduction) + 1e-9))
+        if row is not None:
+            measured = table.measure(row)
+            chosen, other = (1 - n / b for n, b in zip(_counts(targets, measured), base, strict=True))
+            found.append(Reached(measured, chosen, other, measured.metrics[cost] - before.metrics[cost]))
+        advance(1)
+    return sorted(found, key=lambda r: r.cost)
+
+
+def _counts(targets: TargetSet, measured: Measured) -> tuple[int, int]:
+    """Targets extracted with the longest prefix on the half that edits are chosen by, and on the other."""
+    extracted = targets.extracted(measured)[-1]
+    return int(np.count_nonzero(extracted & ~targets.reported)), int(np.count_nonzero(extracted & targets.reported))
+
+
+def _smallest(table: Table, targets: TargetSet, recipe: Row, allowed: int) -> Row | None:
+    """The recipe at the smallest fraction of the ladder with at most ``allowed`` targets extracted; None without one.
+
+    More units are taken to leave fewer targets.
+    """
+    low, high = 0, len(LADDER)
+    while low < high:
+        middle = (low + high) // 2
+        measured = table.measure(replace(recipe, fraction=LADDER[middle]), with_quality=False)
+        # a selection that cannot be made of these units cannot be made of more
+        if measured.missing or _counts(targets, measured)[0] <= allowed:
+            high = middle
+        else:
+            low = middle + 1
+    if low == len(LADDER):
+        return None
+    row = replace(recipe, fraction=LADDER[low])
+    return None if table.measure(row, with_quality=False).missing else row
