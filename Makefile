@@ -34,7 +34,6 @@ lint: setup
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 
+# BENCH=--quick leaves out those of more than 10 minutes; BENCH="hooks memory" runs these
 bench: setup
-	$(RUN) benches/fc1_response.py
-	$(RUN) benches/memory.py
-	$(RUN) benches/var_forward.py
+	$(RUN) benches/all.py $(BENCH)

@@ -26,7 +26,7 @@ import triton  # noqa: E402
 from checkout import ROOT  # noqa: E402
 from fastmem.kernels.fc1_response import fc1_response, pass_launch  # noqa: E402
 from fastmem.kernels.segment_plan import plan_segments  # noqa: E402
-from fastmem.kernels.settings import Settings, Tile, architecture, settings_for  # noqa: E402
+from fastmem.kernels.settings import PassTile, Settings, Tile, architecture, settings_for  # noqa: E402
 from fastmem.kernels.unit_update import unit_update_  # noqa: E402
 from gpu_checks import (  # noqa: E402
     LAST,
@@ -192,10 +192,9 @@ def sweep_tiles(report: Report) -> None:
             _try_tile(f"{name} fused {tile}", call, 2 * VIEWS * positions * units * width)
         linear = torch.randn(VIEWS, positions, units, device="cuda", dtype=torch.bfloat16)
         for rows, width_, warps in PASSES:
-            settings = replace(base, pass_rows=rows, pass_units=width_, pass_warps=warps)
             plan = plan_segments(VIEWS, positions, tuple(spans), rows, x.device)
             partial_sums = torch.empty(plan.slots, units, device="cuda")
-            launch = pass_launch(linear, bias, linear, partial_sums, plan, gelu, False, settings)
+            launch = pass_launch(linear, bias, linear, partial_sums, plan, gelu, False, PassTile(rows, width_, warps))
             _try_tile(f"{name} pass alone {rows}x{width_} {warps} warps", launch.run, 0, 2 * linear.nbytes)
 
 

@@ -26,7 +26,7 @@ import torch
 from fastmem.kernels.fc1_kernels import fused_kernel, pass_kernel, reduce_kernel
 from fastmem.kernels.launch import Launch
 from fastmem.kernels.segment_plan import SegmentPlan, Span, plan_segments
-from fastmem.kernels.settings import Settings, Tile, architecture, settings_for
+from fastmem.kernels.settings import PassTile, Settings, Tile, architecture, settings_for
 from torch import Tensor
 from torch.nn import functional
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -61,7 +61,8 @@ def fc1_response(
     hidden = x.new_empty(images, positions, units) if fused and keep_hidden else None
     if not response.numel():
         return (functional.linear(x, weight) if keep_hidden else None), response
-    tile_rows = product_tile(x, settings).rows if fused else settings.pass_rows
+    pass_tile = settings.pass_tile(len(spans))
+    tile_rows = product_tile(x, settings).rows if fused else pass_tile.rows
     plan = plan_segments(images, positions, tuple(spans), tile_rows, x.device)
     partial = torch.empty(plan.slots, units, dtype=torch.float32, device=x.device)
     if fused:
@@ -70,7 +71,7 @@ def fc1_response(
         linear = functional.linear(x, weight)
         # in place: the product itself is not wanted by anyone
         hidden = linear if keep_hidden else None
-        launch = pass_launch(linear, bias, hidden, partial, plan, gelu, pre_activation, settings)
+        launch = pass_launch(linear, bias, hidden, partial, plan, gelu, pre_activation, pass_tile)
     launch.run()
     reduce_launch(partial, response, plan, settings).run()
     return hidden, response
@@ -131,20 +132,20 @@ def pass_launch(
     plan: SegmentPlan,
     gelu: str,
     pre_activation: bool,
-    settings: Settings,
+    tile: PassTile,
 ) -> Launch:
     """The pass over a finished product; hidden None stores none."""
     units = linear.shape[-1]
     rows = linear.numel() // units
-    grid = (-(-rows // settings.pass_rows), -(-units // settings.pass_units))
+    grid = (-(-rows // tile.rows), -(-units // tile.units))
     arguments = (linear, bias, linear if hidden is None else hidden, partial, *_pieces(plan), rows, units)
     constants = {
         "TANH": gelu == "tanh",
         "PRE": pre_activation,
         "STORE": hidden is not None,
-        "BLOCK_M": settings.pass_rows,
-        "BLOCK_N": settings.pass_units,
-        "num_warps": settings.pass_warps,
+        "BLOCK_M": tile.rows,
+        "BLOCK_N": tile.units,
+        "num_warps": tile.warps,
         "num_stages": 1,
     }
     return Launch(pass_kernel, grid, arguments, constants)

@@ -97,7 +97,9 @@ def cases(settings: Settings) -> Iterator[tuple[str, Launch, bool]]:
                 name = f"{short} {gelu} {'hidden' if hidden is not None else 'response only'}"
                 fused = fused_launch(x, weight, bias, hidden, partial, plan, gelu, False, settings)
                 yield f"fused {name}", fused, x.element_size() == 2
-                yield f"pass {name}", pass_launch(linear, bias, hidden, partial, plan, gelu, False, settings), False
+                for tile in dict.fromkeys((settings.pass_few, settings.pass_many)):
+                    launch = pass_launch(linear, bias, hidden, partial, plan, gelu, False, tile)
+                    yield f"pass {name} {tile.rows}x{tile.units}", launch, False
     yield "reduce", reduce_launch(partial, response, plan, settings), False
     state = [torch.empty(UNITS, dtype=torch.float64) for _ in range(3)]
     largest = torch.empty(UNITS, 4), torch.empty(UNITS, 4, dtype=torch.int64)
@@ -133,13 +135,13 @@ def _cuobjdump() -> str:
 def main(arguments: list[str]) -> int:
     """Print the table; returns 1 where a kernel has a problem."""
     problems = 0
-    print(f"{'kernel':<36}{'arch':>5}{'warps':>6}{'registers':>10}{'shared':>9}{'spilled':>8}  matrix instructions")
+    print(f"{'kernel':<44}{'arch':>5}{'warps':>6}{'registers':>10}{'shared':>9}{'spilled':>8}  matrix instructions")
     for arch in [int(a) for a in arguments] or TABLE:
         for name, launch, is_product in cases(settings_for(arch)):
             r = measure(name, launch, arch, is_product)
             instructions = ", ".join(r.instructions) or "none"
             print(
-                f"{r.name:<36}{r.arch:>5}{r.warps:>6}{r.registers:>10}{r.shared:>9}{r.spilled:>8}  {instructions}"
+                f"{r.name:<44}{r.arch:>5}{r.warps:>6}{r.registers:>10}{r.shared:>9}{r.spilled:>8}  {instructions}"
                 + (f"  FAILED: {r.problem}" if r.problem else ""),
                 flush=True,
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +70,14 @@ def case_images(case: str) -> torch.Tensor:
 def int64(array: np.ndarray) -> torch.Tensor:
     """Golden tokens or labels as the models take them."""
     return torch.from_numpy(array.astype(np.int64))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Caches of the tests' runs lie apart from the user's, and so do weights that happen to be there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FASTMEM_HOME", str(tmp_path_factory.mktemp("home")))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -73,6 +73,11 @@ ROWS = {
     "backend": ((*SCORE, "--backend", "fast"), 2, "expected a backend out of auto"),
     "device": ((*SCORE, "--device", "cuda:77"), 2, "CUDA devices"),
     "unwritable output": ((*SCORE, "--out", "{tmp}/file/run"), 2, "expected a folder that can be written"),
+    "token cache in a file's place": (
+        (*SCORE, "--token-cache", "{tmp}/file"),
+        2,
+        "expected a folder for cached tokens",
+    ),
     "resume without a folder": ((*SCORE, "--resume"), 2, "expected --out RUN"),
     "class file that is missing": ((*SCORE, "--data", "{tmp}/data", "--classes", "{tmp}/no.txt"), 3, "no.txt"),
     "class file without a class": ((*SCORE, "--data", "{tmp}/data", "--classes", "{tmp}/names"), 2, "class-1"),
@@ -108,6 +113,22 @@ def test_wrong_input_ends_with_one_sentence(capsys, tmp_path, data, monkeypatch,
     assert "Traceback" not in err
     # only a pass over the images themselves can find that all are broken
     assert (tmp_path / "runs").exists() == ("{tmp}/broken" in arguments)
+
+
+def test_tokens_are_kept_in_fastmem_home_unless_told_otherwise(capsys, tmp_path, data, monkeypatch):
+    monkeypatch.setenv("FASTMEM_HOME", str(tmp_path / "home"))
+    ways = {"off": ("--token-cache", "off"), "own": ("--token-cache", tmp_path / "kept"), "auto": (), "again": ()}
+    planned = {}
+    for way, option in ways.items():
+        code, _, err = run(capsys, *SCORE, "--data", data, "--out", tmp_path / way, "--json", *option)
+        assert code == 0, err
+        planned[way] = next(line for line in err.splitlines() if line.startswith("scoring"))
+        assert (tmp_path / "home" / "tokens").exists() == (way in ("auto", "again"))
+        assert (tmp_path / "kept").exists() == (way != "off")
+    assert "tokens" not in planned["off"]
+    assert f"of tokens in {tmp_path / 'kept'}" in planned["own"]
+    assert "(100% of them there)" not in planned["auto"]
+    assert "(100% of them there)" in planned["again"]
 
 
 def embedded_classes() -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from conftest import FakeEmbedder, random_images
 
 from fastmem import ArraySource, FolderSource, UsageError, score
 from fastmem.data.manifest import Manifest
+from fastmem.data.token_cache import TokenCache
 from fastmem.extraction.association import associate
 from fastmem.extraction.attack import attack, token_match
 from fastmem.extraction.candidates import Targets, collect_losses, find_targets, highest_per_class
@@ -59,6 +60,15 @@ def test_a_pass_of_its_own_finds_the_scores_that_scoring_keeps(toy_model, toy_so
     found = collect_losses(toy_model, toy_source, Manifest.build(toy_source), None, batch_size=4)
     np.testing.assert_allclose(found.loss, kept.loss, atol=1e-5)
     assert np.array_equal(found.hits, kept.hits)
+
+
+def test_a_pass_over_cached_tokens_encodes_nothing(toy_model, toy_source, tmp_path, monkeypatch):
+    cache, manifest = TokenCache.open(tmp_path, toy_model), Manifest.build(toy_source)
+    first = collect_losses(toy_model, toy_source, manifest, None, batch_size=4, cache=cache)
+    monkeypatch.setattr(toy_model, "tokenize", None)
+    again = collect_losses(toy_model, toy_source, manifest, None, batch_size=9, cache=cache)
+    np.testing.assert_allclose(again.loss, first.loss, atol=1e-5)
+    assert np.array_equal(again.hits, first.hits)
 
 
 def test_an_interrupted_pass_goes_on_where_it_was(toy_model, toy_source, tmp_path, monkeypatch):

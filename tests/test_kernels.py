@@ -19,7 +19,7 @@ if find_spec("triton") is None:
 from fastmem.kernels import settings as table
 from fastmem.kernels.fc1_response import fc1_response, fused_launch, pass_launch, reduce_launch
 from fastmem.kernels.segment_plan import plan_segments
-from fastmem.kernels.settings import FALLBACK, Tile
+from fastmem.kernels.settings import FALLBACK, MANY_SEGMENTS, PassTile, Tile
 from fastmem.kernels.unit_update import unit_update_, update_launch
 
 HAS_GPU = torch.cuda.is_available()
@@ -31,8 +31,8 @@ SMALL = replace(
     FALLBACK,
     matrix16=Tile(32, 64, 32, 2, 4, 2),
     matrix32=Tile(32, 64, 32, 2, 4, 2),
-    pass_rows=16,
-    pass_units=64,
+    pass_few=PassTile(16, 64, 4),
+    pass_many=PassTile(8, 32, 2),
     reduce_units=64,
     update_units=32,
 )
@@ -121,10 +121,16 @@ def test_fc1_response_in_16_bits_sums_in_float32(dtype, fused, hidden_tolerance,
 
 @pytest.mark.parametrize("settings", [FALLBACK, *table.TABLE.values()], ids=["fallback", *map(str, table.TABLE)])
 def test_settings_of_every_architecture_give_the_same(settings):
-    layer, spans = make_layer(2, 70, 40, 90), [(0, 70), (69, 70)]
-    _, expected = plain.fc1_response(*(t.double() for t in layer), spans, "tanh")
-    for fused in (True, False):
+    layer, few = make_layer(2, 70, 40, 90), [(0, 70), (69, 70)]
+    many = [(0, 1), (1, 20), (20, 69), (69, 70)]
+    for fused, spans in ((True, few), (False, few), (False, many)):
+        _, expected = plain.fc1_response(*(t.double() for t in layer), spans, "tanh")
         assert_close(fc1_response(*layer, spans, "tanh", fused=fused, settings=settings)[1], expected.double(), 5e-6)
+
+
+def test_many_segments_have_a_tile_of_their_own():
+    assert [SMALL.pass_tile(n) for n in (1, MANY_SEGMENTS - 1)] == [SMALL.pass_few] * 2
+    assert [SMALL.pass_tile(n) for n in (MANY_SEGMENTS, 10)] == [SMALL.pass_many] * 2
 
 
 def test_an_unknown_architecture_gets_the_fallback():
@@ -168,7 +174,7 @@ def test_fc1_response_neither_reads_nor_writes_outside_its_tensors(fused):
     tensors = make_layer(images, positions, width, units)
     # what is read by mistake is NaN, and would be seen in the result
     layer = [guarded(*t.shape, fill=torch.nan)[0].copy_(t) for t in tensors]
-    rows = SMALL.matrix32.rows if fused else SMALL.pass_rows
+    rows = SMALL.matrix32.rows if fused else SMALL.pass_few.rows
     plan = plan_segments(images, positions, tuple(spans), rows, DEVICE)
     partial, around_partial = guarded(plan.slots, units)
     response, around_response = guarded(images, len(spans), units)
@@ -177,7 +183,7 @@ def test_fc1_response_neither_reads_nor_writes_outside_its_tensors(fused):
         fused_launch(*layer, hidden, partial, plan, "none", False, SMALL).run()
     else:
         linear = guarded(images, positions, units, fill=torch.nan)[0].copy_(layer[0] @ layer[1].T)
-        pass_launch(linear, layer[2], hidden, partial, plan, "none", False, SMALL).run()
+        pass_launch(linear, layer[2], hidden, partial, plan, "none", False, SMALL.pass_few).run()
     reduce_launch(partial, response, plan, SMALL).run()
     for around in (around_partial, around_response, around_hidden):
         assert_guards_untouched(around)

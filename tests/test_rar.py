@@ -8,6 +8,7 @@ import torch
 from conftest import GOLDEN, build_case, int64
 
 from fastmem import UsageError, assemble, responses
+from fastmem.models import layers
 from fastmem.models.checkpoints import build_networks
 from fastmem.models.rar import RAR, RARConfig, guidance_scale
 from fastmem.models.registry import Preset, find_entry
@@ -40,6 +41,37 @@ def test_prefixes_of_different_length_share_a_batch(small_model):
     assert torch.equal(together, alone)
     for made, row in zip(together, rows, strict=True):
         assert torch.equal(made[: len(row)], row)
+
+
+def test_equal_rows_are_computed_once_and_the_others_keep_their_order(small_model, monkeypatch):
+    made, batches = small_model._generate, []
+
+    def counted(labels, tokens, lengths, preset, generator):
+        batches.append((labels.tolist(), lengths.tolist()))
+        return made(labels, tokens, lengths, preset, generator)
+
+    true = torch.arange(16).remainder(5).repeat(6, 1)
+    true[2] += 1
+    labels, lengths = torch.tensor([7, 2, 7, 2, 7, 7]), [3, 0, 3, 0, 3, 0]
+    rows = [row[:length] for row, length in zip(true, lengths, strict=True)]
+    alone = torch.cat([small_model.generate(labels[i : i + 1], [rows[i]]) for i in range(6)])
+    monkeypatch.setattr(small_model, "_generate", counted)
+    assert torch.equal(small_model.generate(labels, rows), alone)
+    assert batches == [([7, 2, 7, 7], [3, 0, 3, 0])]
+
+
+def test_sampled_rows_are_drawn_one_by_one(toy_model):
+    drawn = toy_model.generate(torch.zeros(40, dtype=torch.int64), torch.empty(40, 0, dtype=torch.int64), greedy=False)
+    assert len(drawn.unique(dim=0)) > 1
+
+
+@pytest.mark.parametrize(("most", "numbers"), [(3, 2**26), (64, 1), (5, 2**26)], ids=["3 steps", "one", "5 steps"])
+def test_modulations_may_be_computed_ahead_in_any_pieces(small_model, monkeypatch, most, numbers):
+    labels, prefix = torch.tensor([1, 8, 1]), torch.arange(6).view(3, 2)
+    whole = small_model.generate(labels, prefix)
+    monkeypatch.setattr(layers, "MOST_AHEAD", most)
+    monkeypatch.setattr(layers, "NUMBERS_AHEAD", numbers)
+    assert torch.equal(small_model.generate(labels, prefix), whole)
 
 
 def test_greedy_generation_follows_the_teacher_forced_arg_max(small_model):

@@ -193,13 +193,13 @@ def advance(images):
     time.sleep(float(sys.argv[2]))
 reporter = module.Reporter(advance=advance)
 score(model, source, heldout=source, views=3, batch_size=3, out=sys.argv[1], resume=sys.argv[3] == "resume",
-      check_classes=False, workers=0, reporter=reporter)
+      check_classes=False, workers=0, token_cache=sys.argv[4], reporter=reporter)
 """
 
 
-def start_child(folder: Path, delay: float, mode: str = "new") -> subprocess.Popen:
+def start_child(folder: Path, delay: float, mode: str = "new", cache: str | Path = "off") -> subprocess.Popen:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])}
-    command = [sys.executable, "-c", CHILD, str(folder), str(delay), mode]
+    command = [sys.executable, "-c", CHILD, str(folder), str(delay), mode, str(cache)]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -210,16 +210,18 @@ def stop_after(child: subprocess.Popen, advances: int, number: signal.Signals) -
     return child.communicate(timeout=60)[1]
 
 
-def test_a_killed_run_resumes_to_the_same_bytes(tmp_path):
+@pytest.mark.parametrize("cache", ["off", "tokens"])
+def test_a_killed_run_resumes_to_the_same_bytes(tmp_path, cache):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
+    where = "off" if cache == "off" else tmp_path / cache
     undisturbed = start_child(whole, 0)
     assert undisturbed.wait(timeout=60) == 0
     for mode, advances in (("new", 7), ("resume", 12), ("resume", 30)):
-        child = start_child(parts, 0.02, mode)
+        child = start_child(parts, 0.02, mode, where)
         stop_after(child, advances, signal.SIGKILL)
         assert child.returncode == -signal.SIGKILL
         assert (parts / "state.safetensors").exists()
-    child = start_child(parts, 0, "resume")
+    child = start_child(parts, 0, "resume", where)
     assert child.wait(timeout=60) == 0, child.stderr.read()
     assert run_bytes(parts) == run_bytes(whole)
 

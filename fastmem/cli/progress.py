@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from fastmem.cli.options import say
-from fastmem.scoring.settings import Reporter, ScorePlan
+from fastmem.scoring.settings import Reporter, ScorePlan, TokenPlan
 
 LINE_SECONDS = 30.0
 
@@ -68,7 +68,14 @@ def describe(plan: ScorePlan) -> str:
     views = f"{plan.views} view{'s' * (plan.views > 1)}"
     disk = f", about {size(plan.disk_bytes)} on disk" if plan.disk_bytes else ""
     time_left = f", about {duration(plan.seconds)} at the measured speed" if plan.seconds is not None else ""
-    return f"scoring {images} with {views} each{disk}{time_left}"
+    return f"scoring {images} with {views} each{disk}{_describe_tokens(plan.tokens)}{time_left}"
+
+
+def _describe_tokens(tokens: TokenPlan) -> str:
+    if tokens.folder is None:
+        return ""
+    there = f" ({tokens.stored:.0%} of them there)" if tokens.stored else ""
+    return f", {size(tokens.total_bytes)} of tokens in {tokens.folder}{there}"
 
 
 class _Lines:

@@ -38,6 +38,13 @@ PRINTED_UNITS = 10
 @click.option("--per-image", is_flag=True, help="Keep every image's loss and hits: membership inference, candidates.")
 @click.option("--cfg", is_flag=True, help="With --per-image, which it implies: the loss without a class too.")
 @click.option("--workers", type=click.IntRange(0), help="Processes that decode images.  [default: by cores]")
+@click.option(
+    "--token-cache",
+    default="auto",
+    show_default=True,
+    metavar="PATH",
+    help="Folder of tokens for later passes, or off.",
+)
 @loading_options
 @running_options
 @JSON
@@ -55,6 +62,7 @@ def command(
     per_image: bool,
     cfg: bool,
     workers: int | None,
+    token_cache: str,
     checkpoint: str | None,
     tokenizer: str | None,
     device: str,
@@ -68,7 +76,8 @@ def command(
 ) -> ScoreResult:
     """One pass over a training set: statistics and UnitMem of every unit, as a table, pictures and arrays.
 
-    Without --data a tiny model takes the embedded images, any other the folder that FASTMEM_DATA names.
+    Without --data a tiny model takes the embedded images, any other the folder that FASTMEM_DATA names. Tokens are kept
+    in FASTMEM_HOME/tokens, by the images' content, and a later pass over the same images takes them from there.
     """
     if resume and out is None:
         raise UsageError("expected --out RUN with --resume, got none: name the run folder to go on in")
@@ -95,6 +104,7 @@ def command(
             per_image=per_image or cfg,
             unconditional=cfg,
             workers=workers,
+            token_cache=token_cache,
             reporter=reporter,
         )
     where_from(model, checkpoint, tokenizer, data, heldout, classes).save(folder)

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import torch
@@ -63,8 +64,17 @@ def load_views(
         UsageError: a position is out of range, the manifest is of another source, or ``workers`` is negative.
         FastmemError: a worker process died (raised while iterating).
     """
+    return load(ViewReader(source, manifest, recipe), batches, workers)
+
+
+def load(reader: ViewReader, batches: Iterable[np.ndarray | Sequence[int]], workers: int | None = None) -> Iterator:
+    """What ``reader.read`` gives for the given batches of manifest positions, in their order.
+
+    Raises: as ``load_views``.
+    """
     if workers is not None and workers < 0:
         raise UsageError(f"expected 0 or more worker processes, got {workers}; leave it out to have them chosen")
+    source, manifest = reader.source, reader.manifest
     batches = [_checked(batch, len(manifest)) for batch in batches]
     index = manifest.index
     inside = index.min(initial=0) >= 0 and index.max(initial=0) < len(source)
@@ -74,11 +84,11 @@ def load_views(
             "build it from this source or load it with this source"
         )
     if workers is None:
-        workers = _default_workers(batches, recipe)
-    return _iterate(_ViewDataset(source, manifest, recipe), batches, workers)
+        workers = _default_workers(batches, reader.recipe)
+    return _iterate(reader, batches, workers)
 
 
-class _ViewDataset(Dataset[Batch | FastmemError]):
+class ViewReader(Dataset[Any]):
     """Batches by their manifest positions; whole batches, so that a worker hands over one block of memory."""
 
     def __init__(self, source: ImageSource, manifest: Manifest, recipe: Views) -> None:
@@ -86,14 +96,19 @@ class _ViewDataset(Dataset[Batch | FastmemError]):
         self.manifest = manifest
         self.recipe = recipe
 
-    def __getitem__(self, positions: np.ndarray) -> Batch | FastmemError:
+    def __getitem__(self, positions: np.ndarray) -> Any:
         # torch rewrites an exception that crosses processes, so this family crosses as a value
         try:
-            return self._read(positions)
+            return self.read(positions)
         except FastmemError as error:
             return error
 
-    def _read(self, positions: np.ndarray) -> Batch:
+    def read(self, positions: np.ndarray) -> Any:
+        """What a worker makes of one batch."""
+        return self.cut(positions)
+
+    def cut(self, positions: np.ndarray) -> Batch:
+        """Decode and crop the images at manifest positions int64 [n]."""
         size = self.recipe.size
         views = torch.empty((len(positions), self.recipe.count, size, size, 3), dtype=torch.uint8)
         pixels = views.numpy()
@@ -110,9 +125,9 @@ class _ViewDataset(Dataset[Batch | FastmemError]):
         return Batch(np.array(kept, dtype=np.int64), views[: len(kept)], skipped)
 
 
-def _iterate(dataset: _ViewDataset, batches: list[np.ndarray], workers: int) -> Iterator[Batch]:
+def _iterate(reader: ViewReader, batches: list[np.ndarray], workers: int) -> Iterator[Any]:
     loader = DataLoader(
-        dataset,
+        reader,
         sampler=batches,
         batch_size=None,
         collate_fn=_unchanged,
@@ -143,7 +158,7 @@ def _iterate(dataset: _ViewDataset, batches: list[np.ndarray], workers: int) -> 
         del iterator
 
 
-def _start(loader: DataLoader[Batch | FastmemError]) -> Iterator[Batch | FastmemError]:
+def _start(loader: DataLoader[Any]) -> Iterator[Any]:
     """Start the workers so that signals neither stop them nor reach the caller's code through them."""
     # Ctrl-C reaches the whole process group: workers inherit that it is held back, and the parent stops them itself
     held = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
@@ -167,7 +182,7 @@ def _all_but_hang_ups(kind: type[BaseException], error: BaseException, trace: Tr
         sys.__excepthook__(kind, error, trace)
 
 
-def _unchanged(batch: Batch | FastmemError) -> Batch | FastmemError:
+def _unchanged(batch: Any) -> Any:
     return batch
 
 

@@ -11,6 +11,7 @@ import os
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from fastmem.data.listing import Classes, in_label_order, list_folder, list_zip,
 from fastmem.errors import InputFileError, UsageError
 
 MAX_UNNAMED_CLASSES = 1_000_000
+DIGEST_BYTES = 16
+_HASHED_BYTES = 2**20
 
 
 def image_ids(names: Iterable[str]) -> np.ndarray:
@@ -104,6 +107,15 @@ class ImageSource(ABC):
             DamagedImage: the file is missing, damaged or above a limit.
         """
 
+    def digest(self, index: int) -> bytes:
+        """Hash what ``read`` depends on at a position, 16 bytes; here the pixels, elsewhere the file.
+
+        Raises:
+            DamagedImage: as ``read``, where the file cannot even be opened.
+        """
+        image = self.read(index)
+        return _hash([repr(image.size).encode(), image.tobytes()])
+
 
 class FolderSource(ImageSource):
     """Images in ``path/[split/]CLASS/**/NAME.ext``.
@@ -144,6 +156,14 @@ class FolderSource(ImageSource):
         except OSError as error:
             raise DamagedImage(f"cannot be read: {error.strerror}", name) from error
 
+    def digest(self, index: int) -> bytes:
+        name = str(self.names[index])
+        try:
+            with open(self.folder / name, "rb") as file:
+                return _hash(iter(partial(file.read, _HASHED_BYTES), b""))
+        except OSError as error:
+            raise DamagedImage(f"cannot be read: {error.strerror}", name) from error
+
 
 class ZipSource(ImageSource):
     """Images in a zip file laid out like a folder, read in place and never unpacked to disk.
@@ -175,16 +195,21 @@ class ZipSource(ImageSource):
         return self.__dict__ | {"_zip": None}
 
     def read(self, index: int) -> Image.Image:
+        return decode(BytesIO(self._content(index)), str(self.names[index]))
+
+    def digest(self, index: int) -> bytes:
+        return _hash([self._content(index)])
+
+    def _content(self, index: int) -> bytes:
         # a forked worker shares its parent's position in the open file, so every process opens its own
         if self._zip is None or self._owner != os.getpid():
             self._zip, self._owner = open_zip(self.path), os.getpid()
         name = str(self.names[index])
         try:
-            content = self._zip.read(self._prefix + name)
+            return self._zip.read(self._prefix + name)
         # each of the compression methods has exceptions of its own, beside those for encryption and check sums
         except Exception as error:
             raise DamagedImage(f"damaged in the zip: {error}", name) from error
-        return decode(BytesIO(content), name)
 
 
 class ArraySource(ImageSource):
@@ -256,6 +281,13 @@ def embedded_source(split: str) -> ZipSource:
         UsageError: there is no such split.
     """
     return ZipSource(Path(__file__).resolve().parent.parent / "demo" / "emoji64.zip", split)
+
+
+def _hash(parts: Iterable[bytes]) -> bytes:
+    digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    for part in parts:
+        digest.update(part)
+    return digest.digest()
 
 
 def _whole_numbers(values: np.ndarray | Sequence[int], count: int, what: str) -> np.ndarray:

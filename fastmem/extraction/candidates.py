@@ -17,6 +17,8 @@ from torch import Tensor
 from fastmem.data.loading import load_views
 from fastmem.data.manifest import Manifest
 from fastmem.data.sources import ImageSource
+from fastmem.data.token_cache import TokenCache
+from fastmem.data.tokens import tokens_of
 from fastmem.errors import UsageError
 from fastmem.files import read_tensors, write_tensors
 from fastmem.models.model import Model, to_unit_range
@@ -80,7 +82,7 @@ def find_targets(
     scores: np.ndarray,
     positions: np.ndarray,
     workers: int | None = None,
-) -> tuple[Targets, np.ndarray]:
+) -> tuple[Targets, Tensor]:
     """The images at ``positions`` of a manifest with the tokens of their centre views, and float32 pictures of these
     views [N,3,S,S] in [0,1].
 
@@ -114,11 +116,13 @@ def collect_losses(
     *,
     batch_size: int = BATCH_IMAGES,
     workers: int | None = None,
+    cache: TokenCache | None = None,
     advance: Callable[[int], None] = lambda images: None,
 ) -> ImageLosses:
     """Loss and candidate score of every image's centre view, where the scoring pass kept none.
 
-    file: where they are kept; a pass that was interrupted goes on from the state beside it. None keeps nothing.
+    file: where they are kept; a pass that was interrupted goes on from the state beside it. None keeps nothing. cache:
+    of tokens, for a pass over images that were encoded before, such as by an edited model.
 
     Raises: UsageError where the file cannot be written; InputFileError for a damaged state. KeyboardInterrupt keeps
     what was done.
@@ -138,11 +142,10 @@ def collect_losses(
     batches = [np.arange(i, min(i + batch_size, len(manifest))) for i in range(done, len(manifest), batch_size)]
     saved = time.monotonic()
     with Interruption() as interruption:
-        loaded = load_views(source, manifest, batches, model.view_recipe("center"), workers)
-        for positions, batch in zip(batches, loaded, strict=True):
+        encoded = tokens_of(model, source, manifest, batches, model.view_recipe("center"), cache, workers=workers)
+        for positions, batch in zip(batches, encoded, strict=True):
             if len(batch.positions):
-                tokens = model.tokenize(to_unit_range(batch.views[:, 0].to(model.device)))
-                outcomes = model.outcomes(tokens, torch.from_numpy(manifest.labels[batch.positions]))
+                outcomes = model.outcomes(batch.tokens[:, 0], torch.from_numpy(manifest.labels[batch.positions]))
                 losses.loss[batch.positions] = outcomes.loss.mean(1).cpu().numpy()
                 losses.hits[batch.positions] = model.hit_share(outcomes).cpu().numpy()
             done += len(positions)

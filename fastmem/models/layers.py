@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,8 @@ from torch.nn import functional
 
 # the label of the unconditional branch, in every family
 NO_CLASS = -1
+# how many positions' modulations are computed ahead, and how many numbers they may be (256 MiB in float32)
+MOST_AHEAD, NUMBERS_AHEAD = 64, 2**26
 
 
 class Cache:
@@ -46,11 +49,13 @@ class Condition:
     """What adaLN sees: one row per *distinct* class, since images of one class share their modulation.
 
     values: [distinct classes, positions, width], or one position where the modulation is the same at all of them;
-    rows: int64 [N], the row of each image, or None where one row serves all images.
+    rows: int64 [N], the row of each image, or None where one row serves all images; ready: what modulations make of the
+    values, where that was computed ahead.
     """
 
     values: Tensor
     rows: Tensor | None
+    ready: Mapping[Modulation, Tensor] | None = None
 
 
 class Modulation(nn.Sequential):
@@ -60,11 +65,48 @@ class Modulation(nn.Sequential):
         super().__init__(nn.SiLU(), nn.Linear(width, parts * width))
         self.parts = parts
 
+    def project(self, values: Tensor) -> Tensor:
+        """[classes, positions, width] -> [classes, positions, parts * width]."""
+        return super().forward(values)
+
     def forward(self, condition: Condition) -> tuple[Tensor, ...]:
-        out = super().forward(condition.values)
+        out = self.project(condition.values) if condition.ready is None else condition.ready[self]
         if condition.rows is not None:
             out = out.index_select(0, condition.rows)
         return out.chunk(self.parts, dim=-1)
+
+
+class ConditionsAhead:
+    """Conditions of single positions whose modulations are computed for many positions at a time.
+
+    A step of generation with few rows takes the time that reading the weights takes, of which the modulations are a
+    third; this reads them once for up to 64 steps.
+
+    modulations: all that will be asked; make: the condition of the positions first..stop-1; positions: of a sequence.
+    """
+
+    def __init__(
+        self, modulations: Sequence[Modulation], make: Callable[[int, int], Condition], positions: int
+    ) -> None:
+        self.modulations, self.make, self.positions = tuple(modulations), make, positions
+        self.first = self.stop = 0
+
+    def at(self, position: int) -> Condition:
+        """The condition of one position; they are asked for in rising order."""
+        if not self.first <= position < self.stop:
+            self._compute(position)
+        here = slice(position - self.first, position - self.first + 1)
+        ready = {modulation: out[:, here] for modulation, out in self.ready.items()}
+        return Condition(self.values[:, here], self.rows, ready)
+
+    def _compute(self, first: int) -> None:
+        one = self.make(first, first + 1)
+        numbers = one.values.numel() * sum(modulation.parts for modulation in self.modulations)
+        steps = max(1, min(MOST_AHEAD, NUMBERS_AHEAD // numbers))
+        self.first, self.stop = first, min(first + steps, self.positions)
+        condition = self.make(self.first, self.stop)
+        self.values, self.rows = condition.values, condition.rows
+        self.ready = {modulation: modulation.project(condition.values) for modulation in self.modulations}
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

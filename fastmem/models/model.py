@@ -292,7 +292,8 @@ class Model(ABC):
         """Continue prefixes of true tokens to whole images: int64 [N,T].
 
         labels: int64 [N]; prefix: int64 [N,P] with P >= 0, or N rows of different length; greedy: arg max of the
-        conditional branch, no guidance; else sampled by ``preset`` (the model's own when None) with ``generator``.
+        conditional branch, no guidance, equal rows computed once; else sampled by ``preset`` (the model's own when
+        None) with ``generator``.
 
         Raises: UsageError for a preset with greedy, other shapes, prefixes longer than T or of a length that is not
         among ``prefix_lengths``, values out of range.
@@ -318,9 +319,11 @@ class Model(ABC):
         tokens = self._check_tokens(tokens)
         if not len(rows):
             return tokens
-        return self._generate(
-            labels, tokens, lengths.to(self.device), None if greedy else preset or self.preset, generator
-        )
+        lengths = lengths.to(self.device)
+        if not greedy:
+            return self._generate(labels, tokens, lengths, preset or self.preset, generator)
+        first, same = _distinct(torch.cat([labels[:, None], lengths[:, None], tokens], dim=1))
+        return self._generate(labels[first], tokens[first], lengths[first], None, None)[same]
 
     def find_segments(self, names: Sequence[str] | None) -> tuple[Segment, ...]:
         """Segments by name, the default ones when None. Raises: UsageError for an unknown or empty list of names."""
@@ -363,6 +366,15 @@ class Model(ABC):
                 "does the data have more classes than the checkpoint?"
             )
         return labels.to(self.device, torch.int64)
+
+
+def _distinct(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Of int64 [N,n]: the first of each set of equal rows, in order, int64 [D]; and which of them each row equals."""
+    _, same = rows.unique(dim=0, return_inverse=True)
+    order = torch.arange(len(rows), device=rows.device)
+    first = torch.full_like(order, len(rows)).scatter_reduce_(0, same, order, "amin")[: int(same.max()) + 1]
+    by_first = first.argsort()
+    return first[by_first], by_first.argsort()[same]
 
 
 def _join(parts: Sequence[TokenOutcomes]) -> TokenOutcomes:

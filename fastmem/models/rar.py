@@ -20,7 +20,7 @@ from torch.nn import functional
 from fastmem.backends.select import Backend, FC1Response
 from fastmem.data.views import CenterCrop, TenCrop
 from fastmem.errors import UsageError
-from fastmem.models.layers import MLP, NO_CLASS, Cache, Condition, Modulation, modulate
+from fastmem.models.layers import MLP, NO_CLASS, Cache, Condition, ConditionsAhead, Modulation, modulate
 from fastmem.models.maskgit_vqgan import MaskGITVQGAN, MaskGITVQGANConfig
 from fastmem.models.model import Model, Segment
 from fastmem.models.registry import Preset
@@ -231,14 +231,29 @@ class RAR(nn.Module):
         positions = c.image_seq_len + LEAD - 1
         return Cache(c.num_layers, rows, c.num_heads, positions, c.hidden_size // c.num_heads, self.cls_token)
 
-    def step(self, x: Tensor, labels: Tensor, cache: Cache) -> Tensor:
-        """Extend the cache by inputs [N, n, width] and return the last position's logits float32 [N, codebook]."""
+    def conditions_ahead(self, labels: Tensor) -> ConditionsAhead:
+        """The conditions of the steps of a generation under labels int64 [N]."""
+        modulations = [block.adaLN_modulation for block in self.blocks] + [self.adaln_before_head.adaLN_modulation]
+        return ConditionsAhead(
+            modulations, lambda first, stop: self.condition(labels, first, stop), self.config.image_seq_len + LEAD - 1
+        )
+
+    def start(self, x: Tensor, labels: Tensor, cache: Cache) -> Tensor:
+        """Fill the cache with a whole start [N, n, width]; returns the last position's logits float32 [N, codebook]."""
+        return self._extend(x, self.condition(labels, 0, x.shape[1]), cache)
+
+    def step(self, x: Tensor, conditions: ConditionsAhead, cache: Cache) -> Tensor:
+        """Extend the cache by one position [N, 1, width] and return its logits float32 [N, codebook]."""
+        return self._extend(x, conditions.at(cache.length), cache)
+
+    def _extend(self, x: Tensor, condition: Condition, cache: Cache) -> Tensor:
         first = cache.length
-        condition = self.condition(labels, first, first + x.shape[1])
         for layer, block in enumerate(self.blocks):
             x = block(x, condition, cache, layer)
         cache.length = first + x.shape[1]
-        return self.head(x[:, -1:], Condition(condition.values[:, -1:], condition.rows))[:, 0]
+        if x.shape[1] > 1:
+            x, condition = x[:, -1:], Condition(condition.values[:, -1:], condition.rows)
+        return self.head(x, condition)[:, 0]
 
 
 class RARModel(Model):
@@ -320,10 +335,10 @@ class RARModel(Model):
         # with guidance every row runs twice: under its label, then without a class
         branches = torch.cat([labels, torch.full_like(labels, NO_CLASS)]) if guided else labels
         copies = 2 if guided else 1
-        cache = network.cache(len(branches))
+        cache, conditions = network.cache(len(branches)), network.conditions_ahead(branches)
         x = network.embed_start(tokens[:, :done].repeat(copies, 1), branches)
         for step in range(done, total):
-            logits = network.step(x, branches, cache)
+            logits = network.start(x, branches, cache) if step == done else network.step(x, conditions, cache)
             if preset is None:
                 chosen = logits.argmax(-1)
             else:

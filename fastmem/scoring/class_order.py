@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from fastmem.data.loading import load_views
 from fastmem.data.manifest import Manifest
 from fastmem.data.sources import ImageSource
+from fastmem.data.token_cache import TokenCache
+from fastmem.data.tokens import tokens_of
 from fastmem.errors import UsageError
-from fastmem.models.model import Model, to_unit_range
+from fastmem.models.model import Model
 
 IMAGES = 64
 BATCH = 16
@@ -27,7 +28,9 @@ def check_labels(model: Model, manifest: Manifest) -> None:
         )
 
 
-def check_class_order(model: Model, source: ImageSource, manifest: Manifest) -> tuple[float, float] | None:
+def check_class_order(
+    model: Model, source: ImageSource, manifest: Manifest, cache: TokenCache | None = None
+) -> tuple[float, float] | None:
     """Mean loss of up to 64 images under their own and under shuffled labels; None where all are of one class.
 
     The images are spread evenly over the manifest; each gets the label of the one half a round further on. Under a
@@ -39,9 +42,11 @@ def check_class_order(model: Model, source: ImageSource, manifest: Manifest) -> 
     positions = np.unique(np.linspace(0, len(manifest) - 1, min(IMAGES, len(manifest))).astype(np.int64))
     batches = np.array_split(positions, -(-len(positions) // BATCH))
     tokens, kept = [], []
-    for batch in load_views(source, manifest, batches, model.view_recipe("center"), workers=0):
+    recipe = model.view_recipe("center")
+    # images from all over are encoded in other company than in a pass, so their tokens are not kept
+    for batch in tokens_of(model, source, manifest, batches, recipe, cache, keep=False, workers=0):
         if len(batch.positions):
-            tokens.append(model.tokenize(to_unit_range(batch.views[:, 0])).cpu())
+            tokens.append(batch.tokens[:, 0].cpu())
             kept.append(batch.positions)
     own = torch.from_numpy(manifest.labels[np.concatenate(kept)]) if kept else torch.empty(0, dtype=torch.int64)
     if len(own.unique()) < 2:

@@ -14,17 +14,18 @@ from torch import Tensor
 
 from fastmem.backends.select import Backend, choose_backend
 from fastmem.data.decoding import Skipped
-from fastmem.data.loading import load_views
 from fastmem.data.manifest import FOLDS, Manifest, WorkUnit
 from fastmem.data.sources import ImageSource
+from fastmem.data.token_cache import TokenCache
+from fastmem.data.tokens import tokens_of
 from fastmem.data.views import Joined
 from fastmem.files import read_json, read_tensors, write_json, write_tensors
-from fastmem.models.model import Model, to_unit_range
+from fastmem.models.model import Model
 from fastmem.runs import Interruption, RunFolder, check_writable
 from fastmem.scoring.class_order import check_class_order, check_labels
 from fastmem.scoring.image_losses import ImageLosses
 from fastmem.scoring.running import RunningSet, Seen, as_rows, from_rows
-from fastmem.scoring.settings import BATCH_VIEWS, Reporter, ScorePlan, ScoreSettings
+from fastmem.scoring.settings import BATCH_VIEWS, Reporter, ScorePlan, ScoreSettings, TokenPlan
 from fastmem.stats import StatsBuilder, UnitStats
 from fastmem.stats.accumulators import LARGEST
 from fastmem.stats.storage import row_folder
@@ -95,6 +96,7 @@ def score(
     per_image: bool = False,
     unconditional: bool = False,
     workers: int | None = None,
+    token_cache: str | Path | None = None,
     reporter: Reporter | None = None,
 ) -> ScoreResult:
     """Statistics of every unit's response to the images of ``source``, and to ``heldout`` where given.
@@ -105,8 +107,10 @@ def score(
     check_classes: refuse data whose class order does not fit; activation: "post" (after the GELU) or "pre";
     class_rows: keep statistics per class, drop them, or "auto": keep them up to 2 GiB; per_image: keep each image's
     loss and candidate hits on its centre view, for membership inference and extraction; unconditional: its loss without
-    a class too; workers: decoding processes. A held-out set is cut to the classes and, per class, to the number of
-    images that the training set has too; the training images that match it are also kept apart in ``train.matched``.
+    a class too; workers: decoding processes; token_cache: a folder for tokens that a later pass over the same images
+    takes up, "auto" for the one in ``FASTMEM_HOME``, None for no cache. A held-out set is cut to the classes and, per
+    class, to the number of images that the training set has too; the training images that match it are also kept apart
+    in ``train.matched``.
 
     Raises: UsageError for options that do not fit model or data, a folder that cannot be written or holds another run;
     InputFileError for a damaged run folder. KeyboardInterrupt leaves a folder from which ``resume`` goes on.
@@ -125,9 +129,9 @@ def score(
     chosen = choose_backend(backend, model.device, pre_activation=activation == "pre")
     if out is not None:
         check_writable(Path(out))
-    scorer = _Scorer(
-        model, settings, chosen, RunFolder(Path(out)) if out is not None else None, reporter or Reporter(), workers
-    )
+    cache = TokenCache.open(token_cache, model)
+    folder = RunFolder(Path(out)) if out is not None else None
+    scorer = _Scorer(model, settings, chosen, folder, reporter or Reporter(), workers, cache)
     sets = {"train": source} | ({"heldout": heldout} if heldout is not None else {})
     return scorer.run(sets, resume, check_classes)
 
@@ -140,6 +144,7 @@ class _Scorer:
     folder: RunFolder | None
     reporter: Reporter
     workers: int | None
+    cache: TokenCache | None
 
     def __post_init__(self) -> None:
         self.recipe = self.model.view_recipe(self.settings.views)
@@ -167,6 +172,7 @@ class _Scorer:
                 "images' class order, so a subset needs the checkpoint's whole order (--classes FILE)"
             )
         goes_on = self.folder is not None and self.folder.check(self._identity(manifests), resume)
+        tokens = self._plan_tokens(manifests)
         if check_classes and not goes_on:
             self._check_class_order(sets["train"], manifests["train"])
         if self.folder is not None and not goes_on:
@@ -174,7 +180,7 @@ class _Scorer:
         if self.folder is not None:
             for split, manifest in manifests.items():
                 manifest.save(self.folder.manifest_file(split))
-        self.reporter.planned(self._plan(sets["train"], manifests))
+        self.reporter.planned(self._plan(sets["train"], manifests, tokens))
         started, images = time.monotonic(), 0
         stats: dict[str, UnitStats] = {}
         for split, source in sets.items():
@@ -238,7 +244,7 @@ class _Scorer:
         }
 
     def _check_class_order(self, source: ImageSource, manifest: Manifest) -> None:
-        losses = check_class_order(self.model, source, manifest)
+        losses = check_class_order(self.model, source, manifest, self.cache)
         if losses is None:
             self.reporter.note("the class order is not checked: the images are all of one class")
         else:
@@ -255,7 +261,24 @@ class _Scorer:
             return self.settings.class_rows == "keep"
         return self._row_bytes(manifest) <= MAX_ROW_BYTES
 
-    def _plan(self, source: ImageSource, manifests: dict[str, Manifest]) -> ScorePlan:
+    def _plan_tokens(self, manifests: dict[str, Manifest]) -> TokenPlan:
+        """What the token cache will hold; there is none any more where it would fill half the disk's room."""
+        cache = self.cache
+        if cache is None:
+            return TokenPlan()
+        images = sum(map(len, manifests.values()))
+        stored = sum(cache.stored(self.loaded, manifest) for manifest in manifests.values())
+        needed, free = cache.bytes_of(self.loaded, images - stored), cache.free_bytes()
+        if needed > free / 2:
+            self.reporter.note(
+                f"tokens are not kept for the next pass: they need {needed / 1e9:.1f} GB, and {cache.folder} has "
+                f"{free / 1e9:.1f} GB left"
+            )
+            self.cache = None
+            return TokenPlan()
+        return TokenPlan(cache.folder, cache.bytes_of(self.loaded, images), stored / max(1, images))
+
+    def _plan(self, source: ImageSource, manifests: dict[str, Manifest], tokens: TokenPlan) -> ScorePlan:
         """The size of the pass; the time from one batch that is run and thrown away."""
         images = {split: len(manifest) for split, manifest in manifests.items()}
         disk = 0
@@ -266,25 +289,35 @@ class _Scorer:
         probe = np.arange(min(self._images_per_batch, len(manifests["train"])))
         complete = self.folder is not None and all(self.folder.stats_file(split).exists() for split in manifests)
         if sum(images.values()) > 4 * len(probe) and not complete:
-            (batch,) = load_views(source, manifests["train"], [probe], self.loaded, workers=0)
-            if len(batch.positions):
-                # the first call also allocates and chooses kernels, so the second is timed
-                self._see(batch.views[:1], batch.positions[:1], manifests["train"])
-                started = time.monotonic()
-                self._see(batch.views, batch.positions, manifests["train"])
-                seconds = (time.monotonic() - started) / len(batch.positions) * sum(images.values())
-        return ScorePlan(images["train"], images.get("heldout", 0), self.recipe.count, disk, seconds)
+            seconds = self._probe(source, manifests["train"], probe, tokens.stored)
+            seconds = None if seconds is None else seconds * sum(images.values())
+        return ScorePlan(images["train"], images.get("heldout", 0), self.recipe.count, disk, seconds, tokens)
+
+    def _probe(self, source: ImageSource, manifest: Manifest, positions: np.ndarray, stored: float) -> float | None:
+        """Seconds for an image, where a share of them has its tokens already; None where not one can be read."""
+        # the first call also allocates and chooses kernels, so the second is timed
+        for batch in (positions[:1], positions):
+            started = time.monotonic()
+            cache = self.cache if stored == 1 else None
+            # what is encoded here is not kept: it would be encoded in other company than in the pass
+            ((kept, tokens, _),) = tokens_of(
+                self.model, source, manifest, [batch], self.loaded, cache, keep=False, workers=0
+            )
+            encoded = time.monotonic()
+            if not len(kept):
+                return None
+            self._see(tokens, kept, manifest)
+            seen = time.monotonic()
+        return ((encoded - started) * (1 - stored) + seen - encoded) / len(kept)
 
     @property
     def _images_per_batch(self) -> int:
         return max(1, self.settings.batch_size // self.recipe.count)
 
-    def _see(self, views: Tensor, positions: np.ndarray, manifest: Manifest) -> Seen:
-        """The forward pass over views uint8 [n,views,S,S,3] of the images at ``positions``."""
+    def _see(self, tokens: Tensor, positions: np.ndarray, manifest: Manifest) -> Seen:
+        """The forward pass over tokens int64 [n,views,T] of the images at ``positions``."""
         model, names = self.model, [s.name for s in self.segments]
         labels = torch.from_numpy(manifest.labels[positions])
-        flat = to_unit_range(views.flatten(0, 1).to(model.device))
-        tokens = model.tokenize(flat).unflatten(0, views.shape[:2])
         centre, tokens = tokens[:, -1], tokens[:, : self.recipe.count]
         per_view = labels.repeat_interleave(self.recipe.count)
         outcomes = None
@@ -353,11 +386,14 @@ class _Scorer:
         """Score the work units that are not finished yet and fold them in, in order."""
         manifest = running.manifest
         batches = list(_cut_batches(units[running.units :], self._images_per_batch))
-        loaded = load_views(source, manifest, [positions for positions, _ in batches], self.loaded, self.workers)
+        cut = [positions for positions, _ in batches]
+        encoded = tokens_of(
+            self.model, source, manifest, cut, self.loaded, self.cache, workers=self.workers, note=self.reporter.note
+        )
         with Interruption() as interruption:
-            for (positions, ends_unit), batch in zip(batches, loaded, strict=True):
+            for (positions, ends_unit), batch in zip(batches, encoded, strict=True):
                 if len(batch.positions):
-                    running.update(self._see(batch.views, batch.positions, manifest), batch.skipped)
+                    running.update(self._see(batch.tokens, batch.positions, manifest), batch.skipped)
                 else:
                     running.skip(batch.skipped)
                 if ends_unit:

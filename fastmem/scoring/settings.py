@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from fastmem.errors import UsageError
 
@@ -45,14 +46,26 @@ class ScoreSettings:
 
 
 @dataclass(frozen=True)
+class TokenPlan:
+    """What a pass will keep in the token cache: its folder, None without one; all images' bytes; the share of the
+    images that is there already."""
+
+    folder: Path | None = None
+    total_bytes: int = 0
+    stored: float = 0.0
+
+
+@dataclass(frozen=True)
 class ScorePlan:
-    """What a pass will take, told before it starts: images of both sets, views of each, bytes on disk."""
+    """What a pass will take, told before it starts: images of both sets, views of each, bytes on disk, seconds (None
+    where they were not measured), and tokens in the cache."""
 
     images: int
     heldout_images: int
     views: int
     disk_bytes: int
     seconds: float | None
+    tokens: TokenPlan = TokenPlan()
 
 
 @dataclass(frozen=True)
