@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,11 @@ from conftest import FakeEmbedder
 from PIL import Image
 from test_cli import run
 
-from fastmem import embedded_source, load_model, score
+from fastmem import FolderSource, embedded_source, load_model, score
+from fastmem.cli.evaluate import image_doses
 from fastmem.cli.opening import open_run
-from fastmem.cli.sweep import image_groups
-from fastmem.demo.doses import IMAGES
+from fastmem.data.manifest import Manifest
+from fastmem.demo.controls import dose_groups
 from fastmem.extraction.verdicts import SSCDJudge
 from fastmem.runs import RunFolder, RunInputs
 from fastmem.sweep.plan import Row
@@ -24,44 +26,55 @@ from fastmem.sweep.plan import Row
 
 @pytest.fixture(scope="module")
 def scored(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of rar-tiny over two images of each class, without the pictures of ``fastmem score``."""
-    folder = tmp_path_factory.mktemp("scored") / "run"
-    sources = [embedded_source(split) for split in ("train", "heldout")]
-    settings = {"views": "center", "per_class": 2, "check_classes": False, "per_image": True}
-    score(load_model("rar-tiny", device="cpu"), sources[0], heldout=sources[1], out=folder, **settings)
-    RunInputs("rar-tiny").save(RunFolder(folder))
-    return folder
+    """A run of rar-tiny over 16 embedded pictures, half of which it knows by heart, with 16 held out."""
+    place = tmp_path_factory.mktemp("scored")
+    train, heldout = (embedded_source(split) for split in ("train", "heldout"))
+    group = dose_groups(Manifest.build(train))
+    names = {
+        "train": [name for dose in ("16", "1") for name in Manifest.build(train).names[group == dose][:8].tolist()]
+    }
+    names["heldout"] = heldout.names[:16].tolist()
+    for split, source in (("train", train), ("heldout", heldout)):
+        for name in names[split]:
+            file = place / split / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            source.read(source.names.tolist().index(name)).save(file, format="png")
+    sources = [FolderSource(place / split, classes=train.classes) for split in names]
+    settings = {"views": "center", "check_classes": False, "per_image": True}
+    score(load_model("rar-tiny", device="cpu"), sources[0], heldout=sources[1], out=place / "run", **settings)
+    RunInputs("rar-tiny").save(RunFolder(place / "run"))
+    return place / "run"
 
 
 @pytest.fixture
 def folder(scored: Path, tmp_path: Path) -> Path:
-    """A copy of the run, to write into."""
-    return Path(shutil.copytree(scored, tmp_path / "run"))
+    """A copy of the run and its pictures, to write into."""
+    return Path(shutil.copytree(scored.parent, tmp_path / "scored")) / "run"
 
 
-# a single target of a class and one seed: rows of a second or two
-SMALL = ("--judge", "tokens", "--top-per-class", 1, "--fractions", "5%", "--seeds", 1, "--declared-seeds", 2)
+SMALL = ("--judge", "tokens", "--fractions", "5%", "--seeds", 1, "--declared-seeds", 2)
 
 
 def test_one_json_document_a_table_and_a_picture(capsys, folder):
-    arguments = ("sweep", "--run", folder, *SMALL, "--by", "unitmem,attribution,random", "--re-attack", "5%", "--json")
+    arguments = ("sweep", "--run", folder, *SMALL, "--by", "attribution,random", "--re-attack", "5%", "--json")
     code, out, err = run(capsys, *arguments)
     assert code == 0, err
     document = json.loads(out)
     assert {"run", "rows", "pareto"} <= set(document)
     assert {"by", "fraction", "factor", "seed", "extracted", "metrics"} <= set(document["rows"][0])
-    # no edit, two selections, two declared seeds of random, and three more factors of it for equal quality
-    assert len(document["rows"]) == 8
-    assert (document["targets"], document["reported_targets"], document["cost"]) == (41, 20, "loss_heldout")
-    assert sum(document["groups"].values()) == 41
+    # no edit, a selection, two declared seeds of random, and three more factors of it for equal quality
+    assert len(document["rows"]) == 7
+    assert (document["targets"], document["reported_targets"], document["cost"]) == (16, 8, "loss_heldout")
+    assert document["groups"] == {"dose-1": 8, "dose-16": 8}
+    assert document["rows"][0]["by_group"]["dose-16"] == document["rows"][0]["extracted"] == 8
     assert all(sum(r["by_group"].values()) == r["extracted"] for r in document["rows"])
-    assert {c["rival"] for c in document["comparisons"]} == {"random", "unitmem", "random at equal quality"}
-    assert [r["row"]["by"] for r in document["re_attacks"]] == ["unitmem", "attribution", "random"]
-    assert "8 rows with 41 generations" in err
+    assert {c["rival"] for c in document["comparisons"]} == {"random", "random at equal quality"}
+    assert [r["row"]["by"] for r in document["re_attacks"]] == ["attribution", "random"]
+    assert "7 rows with 16 generations" in err
     assert "not released weights" in err
     saved = json.loads((folder / "sweep" / "sweep.json").read_text())
     assert {key: saved[key] for key in document} == document
-    assert len(pyarrow.parquet.read_table(folder / "sweep" / "sweep.parquet")) == 8
+    assert len(pyarrow.parquet.read_table(folder / "sweep" / "sweep.parquet")) == 7
     with Image.open(folder / "sweep" / "sweep.png") as image:
         assert np.asarray(image.convert("L")).std() > 5
 
@@ -82,7 +95,7 @@ def test_a_sweep_goes_on_with_more_rows_and_measures_only_those(capsys, folder, 
     assert "3 rows (2 are done)" in err
     assert "lowest 5 % x0.5" in out
     # other targets make another table
-    code, _, err = run(capsys, "sweep", "--run", folder, *SMALL[:2], "--by", "unitmem", "--resume")
+    code, _, err = run(capsys, "sweep", "--run", folder, *SMALL, "--top-per-class", 1, "--by", "unitmem", "--resume")
     assert (code, "got bench" in err) == (2, True)
 
 
@@ -90,12 +103,12 @@ def test_the_search_prints_what_reached_the_reduction(capsys, folder, monkeypatc
     from fastmem.cli import sweep
 
     monkeypatch.setattr(sweep, "recipes", lambda: [Row("unitmem", 0.0, 0.5), Row("random", 0.0, 0.0)])
-    # every target with a right token counts, so that half of them can be taken away
-    arguments = ("sweep", "--run", folder, *SMALL, "--threshold", "0.2", "--target-reduction", "0.3")
+    arguments = ("sweep", "--run", folder, *SMALL, "--target-reduction", "0.3")
     code, out, err = run(capsys, *arguments, "--json")
     assert code == 0, err
     document = json.loads(out)
     assert document["target_reduction"] == 0.3
+    assert document["reached"]
     assert all(r["chosen_reduction"] >= 0.3 for r in document["reached"])
     assert len(document["rows"]) == 1 + len(document["reached"])
     code, out, _ = run(capsys, *arguments, "--resume")
@@ -120,9 +133,12 @@ def test_with_an_embedder_quality_is_of_samples_unless_asked_otherwise(capsys, f
 
 def test_other_images_have_no_doses(folder):
     opened = open_run(str(folder), device="cpu")
-    assert set(image_groups(opened)) == {"1", "2", "4", "8", "16", "twins"}
-    RunInputs("rar-tiny", data=str(IMAGES)).save(opened.folder)
-    assert image_groups(opened) == {}
+    doses = image_doses(opened)
+    assert {name: len(ids) for name, ids in doses.items()} == {"dose-1": 8, "dose-16": 8}
+    own = replace(
+        opened, sources={"train": FolderSource(folder.parent / "train", classes=opened.sources["train"].classes)}
+    )
+    assert image_doses(own) == {}
 
 
 @pytest.mark.parametrize(

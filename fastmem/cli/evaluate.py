@@ -182,16 +182,22 @@ def read_losses(opened: OpenedRun, most: int, workers: int | None) -> dict[str, 
 
 def loss_groups(opened: OpenedRun) -> dict[str, np.ndarray]:
     """Image ids by group: the doses of the embedded images, and the training images that an edit was not chosen on."""
-    manifest, groups = opened.manifests["train"], {}
-    if opened.sources["train"].description == embedded_source("train").description:
-        from fastmem.demo.controls import dose_groups
-
-        group = dose_groups(manifest)
-        names = sorted(set(group.tolist()), key=lambda name: (not name.isdecimal(), name.zfill(9)))
-        groups = {name if name == "twins" else f"dose-{name}": manifest.ids[group == name] for name in names}
+    manifest, groups = opened.manifests["train"], image_doses(opened)
     if len(opened.chosen_on):
         groups["train-not-chosen-on"] = manifest.ids[~np.isin(manifest.ids, opened.chosen_on)]
     return groups
+
+
+def image_doses(opened: OpenedRun) -> dict[str, np.ndarray]:
+    """Ids of the embedded training images by dose; empty for other images."""
+    if opened.sources["train"].description != embedded_source("train").description:
+        return {}
+    from fastmem.demo.controls import dose_groups
+
+    manifest = opened.manifests["train"]
+    group = dose_groups(manifest)
+    names = sorted(set(group.tolist()), key=lambda name: (not name.isdecimal(), name.zfill(9)))
+    return {name if name == "twins" else f"dose-{name}": manifest.ids[group == name] for name in names}
 
 
 def run_evaluation(

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import click
-import numpy as np
 
+from fastmem.cli.evaluate import image_doses
 from fastmem.cli.extract import candidate_scores, choose_judge
 from fastmem.cli.mitigate import CAUTION, parse_share
 from fastmem.cli.opening import OpenedRun, open_run, run_options
@@ -20,10 +20,10 @@ from fastmem.extraction.candidates import TOP_PER_CLASS
 from fastmem.extraction.embedding import PUBLISHED_SIZE
 from fastmem.extraction.verdicts import Judge, SSCDJudge
 from fastmem.files import write_json
-from fastmem.models.registry import find_entry, home
+from fastmem.models.registry import home
 from fastmem.quality.features import SSCDFeatures
-from fastmem.runs import RunFolder, RunInputs
-from fastmem.sweep.findings import find, write_table
+from fastmem.runs import RunFolder
+from fastmem.sweep.findings import COSTS, find, write_table
 from fastmem.sweep.plan import ATTRIBUTION, NO_EDIT, SELECTED, Row, SweepSettings, percent, plan_hash, plan_rows
 from fastmem.sweep.plot import draw_sweep
 from fastmem.sweep.prepare import BenchSettings, Prepared, prepare
@@ -33,8 +33,6 @@ from fastmem.sweep.table import SweepPlan, SweepReporter, Table, measure_rows
 
 SCHEMA = "fastmem.sweep/1"
 SAMPLES_PER_CLASS = 4
-# metrics that rise as quality falls, best first
-COSTS = ("kd-sscd", "loss_heldout")
 
 
 @click.command("sweep")
@@ -212,21 +210,9 @@ def prepare_bench(opened: OpenedRun, settings: BenchSettings, judge: Judge) -> P
         judge,
         extractor,
         settings,
-        image_groups(opened),
+        image_doses(opened),
         home() / "features",
     )
-
-
-def image_groups(opened: OpenedRun) -> dict[str, np.ndarray]:
-    """Ids of the embedded training images by dose; empty for other images."""
-    inputs = RunInputs.load(opened.folder)
-    if inputs.data is not None or not find_entry(inputs.model).embedded:
-        return {}
-    from fastmem.demo.controls import dose_groups
-
-    manifest = opened.manifests["train"]
-    group = dose_groups(manifest)
-    return {name: manifest.ids[group == name] for name in np.unique(group).tolist()}
 
 
 def choose_cost(named: str | None, table: Table) -> str:

@@ -82,7 +82,7 @@ def find_targets(
     scores: np.ndarray,
     positions: np.ndarray,
     workers: int | None = None,
-) -> tuple[Targets, np.ndarray]:
+) -> tuple[Targets, Tensor]:
     """The images at ``positions`` of a manifest with the tokens of their centre views, and float32 pictures of these
     views [N,3,S,S] in [0,1].
 

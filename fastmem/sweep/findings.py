@@ -13,6 +13,9 @@ from fastmem.sweep.pareto import pareto_front
 from fastmem.sweep.table import Measured
 from fastmem.sweep.targets import TargetSet
 
+# metrics that rise as quality falls, best first
+COSTS = ("kd-sscd", "loss_heldout")
+
 
 @dataclass(frozen=True, eq=False)
 class Findings:

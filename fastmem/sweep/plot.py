@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from fastmem.report.pictures import INK, save_picture
 from fastmem.sweep.comparisons import EQUAL_QUALITY
-from fastmem.sweep.findings import Findings
+from fastmem.sweep.findings import COSTS, Findings
 from fastmem.sweep.plan import DRAWN, NO_EDIT, percent
 
 # told apart by marker as well as by colour
@@ -30,34 +30,24 @@ STYLES = {
 
 
 def draw_sweep(path: Path, findings: Findings, title: str) -> None:
-    """Extracted targets against loss of quality: a line per selection with a marker per fraction; random and matched
-    units as a band between their lowest and highest seed; random units at equal quality as crosses, tied to the edit
-    that they stand beside.
+    """Extracted targets against loss of quality, a panel for each metric of it that was measured.
+
+    A line per selection has a marker per fraction; random and matched units are a band from their lowest to their
+    highest seed; random units at equal quality are crosses, tied to the edit that they stand beside.
     """
-    figure = Figure(figsize=(8.2, 5.2), layout="constrained")
-    axis = figure.subplots()
+    metrics = [findings.cost, *(m for m in COSTS if m in findings.measured[0].metrics and m != findings.cost)]
+    figure = Figure(figsize=(2.2 + 5.2 * len(metrics), 4.8), layout="constrained")
+    axes = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
     factor = next((m.row.factor for m in findings.measured if m.row.by != NO_EDIT.by), None)
-    points = _points(findings, factor)
-    for by in DRAWN:
-        if by in points:
-            _draw_band(axis, by, points[by])
-    for by, rows in points.items():
-        if by not in (*DRAWN, NO_EDIT.by):
-            _draw_selection(axis, by, rows)
-    _draw_equal_quality(axis, findings, factor)
-    ((_, base),) = points[NO_EDIT.by].items()
-    axis.plot(*base[0], "*", color=INK, markersize=14, label="no edit", zorder=5)
-    reported = int(findings.targets.reported.sum())
-    axis.set(
-        xlabel=f"loss of quality (rise of {findings.cost})",
-        ylabel=f"extracted, of {reported:,} targets",
-        ylim=(0, None),
-    )
-    axis.set_title(title, fontsize=10, color=INK)
-    axis.grid(color="#e6e6e6", linewidth=0.6)
-    axis.set_axisbelow(True)
-    axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+    for axis, metric in zip(axes, metrics, strict=True):
+        _draw_panel(axis, _points(findings, factor, metric))
+        axis.set_xlabel(f"loss of quality (rise of {metric})")
+    _draw_equal_quality(axes[0], findings, factor)
+    axes[0].set_ylabel(f"extracted, of {int(findings.targets.reported.sum()):,} targets")
+    axes[0].set_ylim(bottom=0)
+    figure.suptitle(title, fontsize=10, color=INK)
+    # the first panel has every mark of the others
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8, frameon=False)
     save_picture(figure, path)
 
 
@@ -65,19 +55,31 @@ def draw_sweep(path: Path, findings: Findings, title: str) -> None:
 Points = dict[str, dict[float, list[tuple[float, float]]]]
 
 
-def _points(findings: Findings, factor: float | None) -> Points:
-    before = findings.measured[0].metrics[findings.cost]
+def _points(findings: Findings, factor: float | None, metric: str) -> Points:
+    before = findings.measured[0].metrics[metric]
     found: Points = {}
     for m in findings.measured:
         if not m.missing and m.row.factor in (NO_EDIT.factor, factor):
             count = float(findings.targets.extracted(m)[-1, findings.targets.reported].sum())
-            point = (m.metrics[findings.cost] - before, count)
-            found.setdefault(m.row.by, {}).setdefault(m.row.fraction, []).append(point)
+            found.setdefault(m.row.by, {}).setdefault(m.row.fraction, []).append((m.metrics[metric] - before, count))
     return found
 
 
+def _draw_panel(axis: Axes, points: Points) -> None:
+    for by in (by for by in DRAWN if by in points):
+        _draw_band(axis, by, points[by])
+    for by in (by for by in points if by not in (*DRAWN, NO_EDIT.by)):
+        _draw_selection(axis, by, points[by])
+    (base,) = points[NO_EDIT.by][NO_EDIT.fraction]
+    axis.plot(*base, "*", color=INK, markersize=13, label="no edit", zorder=5)
+    axis.grid(color="#e6e6e6", linewidth=0.6)
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.locator_params(axis="x", nbins=6)
+
+
 def _draw_band(axis: Axes, by: str, rows: Mapping[float, Sequence[tuple[float, float]]]) -> None:
-    """Every fraction as a box from the lowest to the highest seed in both directions, around the mean."""
+    """The mean of every fraction, within a band from the lowest to the highest seed; bars span their costs."""
     colour, _ = STYLES[by]
     fractions = sorted(rows)
     seeds = [np.array(rows[f]) for f in fractions]

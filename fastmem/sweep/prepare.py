@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -89,18 +90,7 @@ def prepare(
     unseen = read_true_images(model, sources["heldout"], manifests["heldout"])
     seen_half = halves(unseen.ids, unseen.labels.numpy(), settings.seed)
     losses = {"heldout": _take(unseen, ~seen_half), "targets": _true_images(targets.take(reported))}
-    reference = None
-    if extractor is not None:
-        recipe = model.view_recipe("center")
-        reference = read_reference(
-            sources["heldout"], manifests["heldout"], recipe, extractor, description="held-out images", cache=cache
-        )
-
-    def quality(model: Model) -> dict[str, float]:
-        if extractor is None:
-            return mean_losses(model, losses)
-        return measure(model, extractor, reference, settings.samples, settings.seed, losses=losses)
-
+    quality = _quality(model, sources["heldout"], manifests["heldout"], extractor, settings, losses, cache)
     memorised = _memorised(model, targets, chosen_by, judge, settings.prefixes[-1])
     seen = _take(unseen, np.flatnonzero(seen_half)[spread(int(seen_half.sum()), HELDOUT_IMAGES)])
     chooser = UnitChooser(model, stats["train"], stats["heldout"], memorised, seen)
@@ -108,6 +98,26 @@ def prepare(
     masks = {name: np.isin(targets.ids, ids) for name, ids in groups.items()}
     counted = TargetSet(targets.labels, reported, settings.prefixes, judge.threshold, masks)
     return Prepared(settings, bench, targets, counted)
+
+
+def _quality(
+    model: Model,
+    source: ImageSource,
+    manifest: Manifest,
+    extractor: FeatureExtractor | None,
+    settings: BenchSettings,
+    losses: Mapping[str, TrueImages],
+    cache: Path | None,
+) -> Callable[[Model], dict[str, float]]:
+    """What measures a model: losses, and with an extractor its samples against the held-out images of ``source``."""
+    if extractor is None:
+        return partial(mean_losses, sets=losses)
+    reference = read_reference(
+        source, manifest, model.view_recipe("center"), extractor, description="held-out images", cache=cache
+    )
+    return partial(
+        measure, extractor=extractor, reference=reference, count=settings.samples, seed=settings.seed, losses=losses
+    )
 
 
 def _memorised(model: Model, targets: Targets, chosen_by: np.ndarray, judge: Judge, prefix: int) -> TrueImages:
