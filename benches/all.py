@@ -70,7 +70,7 @@ BENCHES = (
     ),
     Bench(
         "rar_forward",
-        6,
+        9,
         ratio(
             lambda r: f"{r['blocks']} blocks / plain pass",
             "ours_by_plain",
