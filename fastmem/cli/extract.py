@@ -17,6 +17,7 @@ from fastmem.cli.opening import OpenedRun, open_run, run_options
 from fastmem.cli.options import JSON, print_json, say
 from fastmem.cli.progress import image_progress
 from fastmem.data.manifest import Manifest
+from fastmem.data.token_cache import AUTO, TokenCache
 from fastmem.errors import UsageError
 from fastmem.extraction.attack import BATCH_ROWS
 from fastmem.extraction.candidates import TOP_PER_CLASS, collect_losses
@@ -200,12 +201,13 @@ def candidate_scores(opened: OpenedRun, workers: int | None) -> dict[str, np.nda
     if missing:
         count = sum(len(opened.manifests[split]) for split in missing)
         say(f"looking for candidates among {count:,} images, because the run was scored without --per-image")
+        cache = TokenCache.open(AUTO, opened.model)
         with image_progress() as (start, advance):
             start(count)
             for split in missing:
                 file = opened.folder.losses_file(split)
                 source, manifest = opened.sources[split], opened.manifests[split]
-                collect_losses(opened.model, source, manifest, file, workers=workers, advance=advance)
+                collect_losses(opened.model, source, manifest, file, workers=workers, cache=cache, advance=advance)
     return {split: opened.losses(split).hits for split in opened.manifests}
 
 

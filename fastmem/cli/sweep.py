@@ -15,6 +15,7 @@ from fastmem.cli.opening import OpenedRun, open_run, run_options
 from fastmem.cli.options import JSON, print_json, say
 from fastmem.cli.progress import duration, image_progress
 from fastmem.cli.sweep_output import print_document
+from fastmem.data.token_cache import AUTO, TokenCache
 from fastmem.errors import UsageError
 from fastmem.extraction.candidates import TOP_PER_CLASS
 from fastmem.extraction.embedding import PUBLISHED_SIZE
@@ -290,5 +291,6 @@ def run_again(opened: OpenedRun, folder: RunFolder, prepared: Prepared, rows: Se
         prepared.targets.take(reported),
         prepared.targets.ids[~reported],
         prepared.bench.prefixes[-1],
+        TokenCache.open(AUTO, opened.model),
     )
     return attack_edits_again(attacker, rows, prepared.bench, folder.path / "re-attacks")

@@ -16,6 +16,7 @@ import torch
 
 from fastmem.data.manifest import Manifest
 from fastmem.data.sources import ImageSource
+from fastmem.data.token_cache import TokenCache
 from fastmem.data.views import Views
 from fastmem.extraction.attack import attack
 from fastmem.extraction.candidates import Targets, collect_losses, find_targets, highest_per_class
@@ -97,7 +98,7 @@ class Attacker:
     """Attacks a model's edits again, with what is the same for all of them prepared once.
 
     source, manifest: the training images; targets: those that no edit was chosen by; chosen_by: int64 ids of the
-    others; prefix: the published attack's, in tokens.
+    others; prefix: the published attack's, in tokens; cache: of tokens, since every edit is tried on all images.
     """
 
     def __init__(
@@ -109,9 +110,10 @@ class Attacker:
         targets: Targets,
         chosen_by: np.ndarray,
         prefix: int,
+        cache: TokenCache | None = None,
     ) -> None:
         self.model, self.source, self.manifest, self.judge = model, source, manifest, judge
-        self.chosen_by, self.prefix = chosen_by, prefix
+        self.chosen_by, self.prefix, self.cache = chosen_by, prefix, cache
         self.approaches = self._approaches(targets)
         self.before = [self._count(approach) for approach in self.approaches]
 
@@ -157,7 +159,7 @@ class Attacker:
 
     def _other_candidates(self) -> Approach:
         """The highest of every class by the model as it is, without those that the edit was chosen by."""
-        hits = collect_losses(self.model, self.source, self.manifest, None).hits
+        hits = collect_losses(self.model, self.source, self.manifest, None, cache=self.cache).hits
         hits[np.isin(self.manifest.ids, self.chosen_by)] = np.nan
         positions = highest_per_class(self.manifest, hits)
         found, _ = find_targets(self.model, self.source, self.manifest, hits, positions)
