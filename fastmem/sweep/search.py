@@ -19,7 +19,7 @@ from fastmem.sweep.plan import ATTRIBUTION, HALVED, NO_EDIT, Row
 from fastmem.sweep.table import Measured, Table, mean_of
 from fastmem.sweep.targets import TargetSet
 
-LADDER = (0.01, 0.02, 0.03, 0.05, 0.07, 0.10, 0.15, 0.20, 0.30, 0.40, 0.50)
+LADDER = (0.01, 0.02, 0.03, 0.05, 0.07, 0.10, 0.15, 0.20, 0.30, 0.40, 0.50, 0.70, 1.0)
 FACTORS = (HALVED, 0.25, 0.0)
 SEARCHED = ("unitmem", "within-class", "gap", ATTRIBUTION)
 # a metric of samples varies with their seed: of what is compared, a mean is taken
