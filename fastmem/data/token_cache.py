@@ -67,7 +67,7 @@ class TokenCache:
             raise UsageError(f"expected a folder for cached tokens, got the file {folder}: name another, auto or off")
         context = {
             "schema": SCHEMA,
-            "tokenizer": model.fingerprint()["tokenizer"],
+            "tokenizer": model.tokenizer_hash(),
             "device": model.device.type,
             "libraries": {name: version(name) for name in LIBRARIES},
         }

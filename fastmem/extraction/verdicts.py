@@ -71,7 +71,7 @@ class SSCDJudge:
 
     def vectors(self, model: Model, tokens: Tensor) -> np.ndarray:
         """Embeddings of decoded tokens int64 [N,T]: float32 [N,512]."""
-        tokenizer = model.fingerprint()["tokenizer"]
+        tokenizer = model.tokenizer_hash()
         if tokenizer != self._tokenizer:
             self._known, self._tokenizer = {}, tokenizer
         keys = [row.tobytes() for row in tokens.cpu().numpy()]

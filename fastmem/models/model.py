@@ -87,6 +87,7 @@ class Model(ABC):
         self.prefixes = tuple(self.scaled_prefixes() if prefixes is None else prefixes)
         self.name = type(self).__name__
         self._fingerprint: dict[str, str] = {}
+        self._tokenizer_hash = ""
         # edits of the weights that are not undone, oldest first
         self.edits: list[Any] = []
 
@@ -172,8 +173,14 @@ class Model(ABC):
     def fingerprint(self) -> dict[str, str]:
         """SHA-256 of the weights of "checkpoint" (the generator) and "tokenizer", as hex; computed once."""
         if not self._fingerprint:
-            self._fingerprint = {"checkpoint": _hash(self.generator), "tokenizer": _hash(self.tokenizer)}
+            self._fingerprint = {"checkpoint": _hash(self.generator), "tokenizer": self.tokenizer_hash()}
         return self._fingerprint
+
+    def tokenizer_hash(self) -> str:
+        """The "tokenizer" of ``fingerprint`` alone, which no edit of the generator changes; computed once."""
+        if not self._tokenizer_hash:
+            self._tokenizer_hash = _hash(self.tokenizer)
+        return self._tokenizer_hash
 
     def exchange_fingerprint(self, known: dict[str, str]) -> dict[str, str]:
         """For who changes the weights in place: say which hashes are known of them now ({}: none), and get those that
