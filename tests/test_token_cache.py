@@ -211,7 +211,7 @@ def test_each_recipe_of_a_joined_one_serves_alone(folder, toy_model, cache, monk
 @pytest.mark.parametrize("change", ["tokenizer", "device", "libraries"])
 def test_what_makes_a_token_is_part_of_its_key(toy_model, cache, monkeypatch, tmp_path, change):
     if change == "tokenizer":
-        monkeypatch.setattr(toy_model, "_fingerprint", {"checkpoint": "a", "tokenizer": "b"})
+        monkeypatch.setattr(toy_model, "_tokenizer_hash", "b")
     elif change == "device":
         monkeypatch.setattr(type(toy_model), "device", torch.device("meta"))
     else:
