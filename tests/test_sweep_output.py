@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fastmem.cli.sweep_output import row_table, search_sentence
+from fastmem.cli.sweep_output import row_table, search_sentence, told_comparisons
 from fastmem.sweep.plan import NO_EDIT, Row
 
 
@@ -65,3 +65,17 @@ def test_drawn_rows_are_one_line_and_missing_ones_have_their_reason():
         ["random 10 % x0.5", "3", "5.0, 4 to 6", "0.2000", ""],
         ["matched 10 % x0.5", "not available", "too many units", "", ""],
     ]
+
+
+def test_comparisons_that_are_told_are_declared_ones_and_those_that_stand_out():
+    def comparison(fraction: float, rival: str, holm: float) -> dict[str, Any]:
+        return {"fraction": fraction, "rival": rival, "holm": holm}
+
+    silent = [comparison(0.01, "random", 0.3), comparison(0.02, "matched", 0.051)]
+    told = [
+        comparison(0.02, "random", 0.05),
+        comparison(0.1, "random", 0.9),
+        comparison(0.1, "random at equal quality", 1),
+    ]
+    assert told_comparisons(silent + told) == told
+    assert told_comparisons(silent) == silent

@@ -11,8 +11,10 @@ import numpy as np
 
 from fastmem.extraction.verdicts import Count
 from fastmem.report.markdown import markdown_table
+from fastmem.sweep.comparisons import EQUAL_QUALITY
 from fastmem.sweep.plan import DRAWN, Row, percent
 
+STANDS_OUT = 0.05
 ROW_FIELDS = tuple(Row.__dataclass_fields__)
 
 
@@ -25,7 +27,10 @@ def print_document(document: dict[str, Any]) -> None:
     else:
         click.echo(row_table(document))
     if document["comparisons"]:
-        click.echo("\n" + comparison_table(document["comparisons"]))
+        shown = told_comparisons(document["comparisons"])
+        click.echo("\n" + comparison_table(shown))
+        if len(shown) < len(document["comparisons"]):
+            click.echo(f"\n{len(document['comparisons']) - len(shown)} more comparisons are in sweep.json")
     for found in document["re_attacks"]:
         click.echo("\n" + attack_table(found))
     for path in (*document.get("tables", ()), *document.get("pictures", ())):
@@ -57,6 +62,12 @@ def row_table(document: dict[str, Any]) -> str:
         )
         body.append((name, str(len(records)), extracted, f"{costs.mean():.4f}", "*" if name in front else ""))
     return markdown_table(("edit", "seeds", "extracted", cost, "front"), body)
+
+
+def told_comparisons(comparisons: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those at the fractions of which equal quality was looked for, and whatever stands out anywhere; all, without."""
+    declared = {c["fraction"] for c in comparisons if c["rival"] == EQUAL_QUALITY}
+    return [c for c in comparisons if not declared or c["fraction"] in declared or c["holm"] <= STANDS_OUT]
 
 
 def comparison_table(comparisons: Sequence[dict[str, Any]]) -> str:
