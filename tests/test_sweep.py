@@ -363,3 +363,14 @@ def test_the_time_that_is_told_is_of_the_rows_that_are_left(tmp_path):
     first.save(table.file(NO_EDIT))
     measure_rows(table, rows, SweepReporter(planned=plans.append))
     assert plans == [SweepPlan(len(rows), 1, 2.0 * (len(rows) - 1))]
+
+
+def test_a_search_goes_through_the_selections_that_are_named():
+    from fastmem.sweep.search import PLAIN, RANDOM, recipes
+
+    assert recipes(["lowest"]) == [PLAIN, RANDOM]
+    named = recipes(["attribution"])
+    assert {row.by for row in named} == {"unitmem", "random", "attribution"}
+    assert [row for row in recipes() if row in named] == named
+    assert any(row.rounds == 2 for row in named)
+    assert not any(row.rounds == 2 for row in recipes(["unitmem", "gap"]))

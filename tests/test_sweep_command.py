@@ -102,8 +102,8 @@ def test_a_sweep_goes_on_with_more_rows_and_measures_only_those(capsys, folder, 
 def test_the_search_prints_what_reached_the_reduction(capsys, folder, monkeypatch):
     from fastmem.cli import sweep
 
-    monkeypatch.setattr(sweep, "recipes", lambda: [Row("unitmem", 0.0, 0.0), Row("random", 0.0, 0.0)])
-    arguments = ("sweep", "--run", folder, *SMALL, "--target-reduction", "0.3")
+    monkeypatch.setattr(sweep, "recipes", lambda by: [Row("unitmem", 0.0, 0.0), Row("random", 0.0, 0.0)])
+    arguments = ("sweep", "--run", folder, "--judge", "tokens", "--target-reduction", "0.3")
     code, out, err = run(capsys, *arguments, "--json")
     assert code == 0, err
     document = json.loads(out)
@@ -152,7 +152,12 @@ def test_other_images_have_no_doses(folder):
         pytest.param(("--re-attack", "7%"), 2, "expected --re-attack as one of --fractions, got 7 %", id="re-attack"),
         pytest.param(("--judge", "eyes"), 2, "expected a judge out of", id="judge"),
         pytest.param(("--cost", "beauty", *SMALL), 2, "expected --cost as one of loss_heldout", id="cost"),
-        pytest.param(("--target-reduction", "2", *SMALL), 2, "expected a reduction above 0", id="reduction"),
+        pytest.param(
+            ("--target-reduction", "2", "--judge", "tokens"), 2, "expected a reduction above 0", id="reduction"
+        ),
+        pytest.param(
+            ("--target-reduction", "0.5", "--factors", "0"), 2, "without --factors, which the search decides", id="both"
+        ),
         pytest.param(("--run", "nowhere"), 3, "expected the folder of a scored run", id="run"),
     ],
 )

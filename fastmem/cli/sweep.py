@@ -34,6 +34,8 @@ from fastmem.sweep.table import SweepPlan, SweepReporter, Table, measure_rows
 
 SCHEMA = "fastmem.sweep/1"
 SAMPLES_PER_CLASS = 4
+# of a plan, not of a search, which goes through its own
+PLAN_OPTIONS = ("fractions", "factors", "scope", "merge", "seeds", "declared_seeds", "equal_quality", "re_attack")
 
 
 @click.command("sweep")
@@ -61,7 +63,9 @@ SAMPLES_PER_CLASS = 4
 @click.option("--out", metavar="FOLDER", help="Where the table is kept.  [default: RUN/sweep]")
 @click.option("--resume", is_flag=True, help="Go on with a table, which may have other rows before.")
 @JSON
+@click.pass_context
 def command(
+    ctx: click.Context,
     run: str,
     data: str | None,
     heldout: str | None,
@@ -100,6 +104,8 @@ def command(
     edit undone. Units by attribution are chosen on one half of the targets; every comparison is of the other half.
     Rows are kept as they are finished: after an interruption --resume goes on.
     """
+    if target_reduction is not None:
+        refuse_plan_options(ctx)
     opened = open_run(
         run,
         data=data,
@@ -142,7 +148,7 @@ def command(
     if target_reduction is None:
         document = run_plan(opened, folder, table, prepared, plan_rows(settings), metric)
     else:
-        document = run_search(table, prepared, target_reduction, metric)
+        document = run_search(table, prepared, target_reduction, metric, settings.by)
     document = {"run": str(opened.folder.path), "judge": chosen.name, "threshold": chosen.threshold} | document
     document["re_attacks"] = [found.record() for found in run_again(opened, folder, prepared, again)]
     name = "sweep" if target_reduction is None else "search"
@@ -153,6 +159,15 @@ def command(
         print_document(document)
     say(CAUTION)
     return document
+
+
+def refuse_plan_options(ctx: click.Context) -> None:
+    """Raises: UsageError where an option was given that a search decides itself."""
+    given = [name for name in PLAN_OPTIONS if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE]
+    if given:
+        raise UsageError(
+            f"expected --target-reduction without --{given[0].replace('_', '-')}, which the search decides: leave it out"
+        )
 
 
 def parse_shares(option: str, text: str) -> tuple[float, ...]:
@@ -259,9 +274,9 @@ def title(opened: OpenedRun, prepared: Prepared) -> str:
     return f"{opened.model.name}: targets extracted from {bench.prefixes[-1]} tokens, judged by {bench.judge.name}"
 
 
-def run_search(table: Table, prepared: Prepared, reduction: float, cost: str) -> dict[str, Any]:
-    """Search the recipes; returns the document, cheapest edit first."""
-    rows = recipes()
+def run_search(table: Table, prepared: Prepared, reduction: float, cost: str, by: Sequence[str]) -> dict[str, Any]:
+    """Search the recipes of the selections ``by``; returns the document, cheapest edit first."""
+    rows = recipes(by)
     say(f"searching {len(rows)} recipes for a reduction of {reduction:.0%}, at most four attacks each")
     with image_progress("recipes") as (start, advance):
         start(len(rows))

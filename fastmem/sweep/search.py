@@ -58,12 +58,13 @@ class Reached:
         }
 
 
-def recipes() -> list[Row]:
-    """What is searched, plain halving by UnitMem and at random first; the fraction is open."""
-    plain = [Row(by, 0.0, factor) for by in SEARCHED for factor in FACTORS]
-    graded = [Row(by, 0.0, 0.0, graded=True) for by in SEARCHED]
-    per_layer = [Row(by, 0.0, HALVED, scope="per-layer") for by in SEARCHED]
-    again = [Row(ATTRIBUTION, 0.0, factor, rounds=2) for factor in FACTORS[:2]]
+def recipes(by: Sequence[str] = SEARCHED) -> list[Row]:
+    """What is searched among the selections ``by``, after plain halving by UnitMem and at random; the fraction is open."""
+    chosen = [name for name in SEARCHED if name in by]
+    plain = [Row(name, 0.0, factor) for name in chosen for factor in FACTORS]
+    graded = [Row(name, 0.0, 0.0, graded=True) for name in chosen]
+    per_layer = [Row(name, 0.0, HALVED, scope="per-layer") for name in chosen]
+    again = [Row(ATTRIBUTION, 0.0, factor, rounds=2) for factor in FACTORS[:2] if ATTRIBUTION in chosen]
     return list(dict.fromkeys([PLAIN, RANDOM, *plain, *graded, *per_layer, *again]))
 
 
