@@ -165,9 +165,8 @@ def refuse_plan_options(ctx: click.Context) -> None:
     """Raises: UsageError where an option was given that a search decides itself."""
     given = [name for name in PLAN_OPTIONS if ctx.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE]
     if given:
-        raise UsageError(
-            f"expected --target-reduction without --{given[0].replace('_', '-')}, which the search decides: leave it out"
-        )
+        option = given[0].replace("_", "-")
+        raise UsageError(f"expected --target-reduction without --{option}, which the search decides: leave it out")
 
 
 def parse_shares(option: str, text: str) -> tuple[float, ...]:

@@ -59,7 +59,7 @@ class Reached:
 
 
 def recipes(by: Sequence[str] = SEARCHED) -> list[Row]:
-    """What is searched among the selections ``by``, after plain halving by UnitMem and at random; the fraction is open."""
+    """What is searched: halving by UnitMem and at random, and recipes of the selections ``by``; fractions are open."""
     chosen = [name for name in SEARCHED if name in by]
     plain = [Row(name, 0.0, factor) for name in chosen for factor in FACTORS]
     graded = [Row(name, 0.0, 0.0, graded=True) for name in chosen]
