@@ -105,7 +105,7 @@ def draw_dose_response(path: Path, groups: Mapping[str, Sequence[Count]], prefix
         colour = (0.16, 0.44, 0.59, 0.3 + 0.7 * p / max(1, len(prefixes) - 1))
         errors = np.abs(ends - shares)
         axis.errorbar(place, shares, errors, fmt="o", color=colour, markersize=4, capsize=2, label=f"{prefix} tokens")
-    axis.set_xticks(range(len(names)), [f"{name}\n({groups[name][0].n})" for name in names], fontsize=8)
+    axis.set_xticks(range(len(names)), [_label(name, groups[name][0].n) for name in names], fontsize=8)
     axis.set_xlabel("shown per epoch (images)", fontsize=9)
     axis.set_ylabel("share extracted", fontsize=9)
     axis.set_ylim(-0.02, 1.02)
@@ -114,3 +114,9 @@ def draw_dose_response(path: Path, groups: Mapping[str, Sequence[Count]], prefix
     axis.legend(title="prefix", fontsize=7, title_fontsize=7, frameon=False)
     axis.set_title(title, fontsize=10, color=INK)
     save_picture(figure, path)
+
+
+def _label(name: str, images: int) -> str:
+    """A group's name and size, broken where it would run into its neighbour."""
+    broken = name.replace(", ", ",\n")
+    return f"{broken}\n({images})"
