@@ -37,6 +37,7 @@ def examine() -> dict[str, Any]:
     from fastmem.backends.select import choose_backend
     from fastmem.extraction.embedding import locate
     from fastmem.models.checkpoints import resolve_device
+    from fastmem.quality.inception import locate_inception
 
     device = resolve_device("auto")
     status = native.status()
@@ -49,6 +50,9 @@ def examine() -> dict[str, Any]:
         problems.append("no CUDA device: everything runs on the CPU, which is slow for the full-size models")
     sscd, reason = locate()
     if sscd is None:
+        problems.append(reason)
+    inception, reason = locate_inception()
+    if inception is None:
         problems.append(reason)
     if _faiss() is None:
         problems.append("no faiss: `fastmem index` needs it, install faiss-gpu or faiss-cpu")
@@ -63,6 +67,7 @@ def examine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "faiss": _faiss(),
         "sscd": str(sscd) if sscd is not None else None,
+        "inception": str(inception) if inception is not None else None,
         "backend": choose_backend("auto", device).name,
         "device": str(device),
         "home": str(home()),

@@ -36,15 +36,22 @@ def find_inception(path: str | Path | None = None, device: str = "auto") -> tupl
 
     Raises: InputFileError where a named file is missing or damaged; UsageError where it is another network's.
     """
-    official = home() / "weights" / OFFICIAL_FILE
-    if path is None and not official.is_file():
-        return None, (
-            f"no Inception weights, so no FID: put {OFFICIAL_FILE} at {official}, name it with --inception FILE, or "
-            "have it downloaded with --fetch-inception"
-        )
-    file = official if path is None else Path(path)
+    file, reason = (Path(path), "") if path is not None else locate_inception()
+    if file is None:
+        return None, reason
     extractor = InceptionFeatures(file, resolve_device(device))
     return extractor, f"Inception weights from {file}, as {extractor.name}"
+
+
+def locate_inception() -> tuple[Path | None, str]:
+    """The official weights in FASTMEM_HOME, or None, with a sentence that says what to do without them."""
+    official = home() / "weights" / OFFICIAL_FILE
+    if official.is_file():
+        return official, f"Inception weights from {official}"
+    return None, (
+        f"no Inception weights, so no FID: put {OFFICIAL_FILE} at {official}, name it with --inception FILE, or have it "
+        "downloaded with --fetch-inception"
+    )
 
 
 def fetch_inception(url: str = OFFICIAL_URL) -> Path:
