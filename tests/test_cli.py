@@ -194,7 +194,8 @@ def test_doctor_says_what_this_machine_offers(capsys):
     code, out, _ = run(capsys, "doctor", "--json")
     document = json.loads(out)
     assert code == 0
-    assert set("torch triton native cuda gpus faiss sscd inception backend problems".split()) <= set(document)
+    keys = "torch triton native cuda gpus faiss sscd inception backend problems"
+    assert set(keys.split()) <= set(document)
     import torch
 
     assert document["torch"] == torch.__version__

@@ -49,8 +49,8 @@ def locate_inception() -> tuple[Path | None, str]:
     if official.is_file():
         return official, f"Inception weights from {official}"
     return None, (
-        f"no Inception weights, so no FID: put {OFFICIAL_FILE} at {official}, name it with --inception FILE, or have it "
-        "downloaded with --fetch-inception"
+        f"no Inception weights, so no FID: put {OFFICIAL_FILE} at {official}, name it with --inception FILE, or "
+        "have it downloaded with --fetch-inception"
     )
 
 
