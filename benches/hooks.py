@@ -81,7 +81,7 @@ def measure(way: str, views: int, folder: Path) -> tuple[float, float, Tensor]:
     result = folder / f"{way}-{views}.pt"
     command = [sys.executable, __file__, way, str(views), str(result)]
     before, after = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    return before, after, torch.load(result)
+    return before, after, torch.load(result, weights_only=True)
 
 
 def main() -> None:
