@@ -131,9 +131,9 @@ def test_equal_rows_are_completed_once(toy_model, monkeypatch):
     targets = make_targets(toy_model, 6, labels=[0, 0, 0, 1, 1, 1])
     targets.tokens[1, :2] = targets.tokens[0, :2]
     rows = []
-    generate = toy_model.generate
+    generate = toy_model._generate
     monkeypatch.setattr(
-        toy_model, "generate", lambda labels, prefix: (rows.append(len(labels)), generate(labels, prefix))[1]
+        toy_model, "_generate", lambda labels, *others: (rows.append(len(labels)), generate(labels, *others))[1]
     )
     attack(toy_model, targets, [0, 2])
     # nothing for each of two classes, and two tokens for six targets, of which two share them

@@ -27,28 +27,22 @@ def attack(
 ) -> Tensor:
     """Greedy completions of the first P tokens of every target, for each P of ``prefixes``: int64 [P,N,T].
 
-    All prefixes of a target stand side by side in a batch of ``batch_size`` rows; rows with the same label and prefix
-    (P = 0 of one class, for one) are completed once. advance: told of finished rows, which sum up to P*N.
+    All prefixes of a target stand side by side in a batch of ``batch_size`` rows; ``Model.generate`` completes rows
+    of the same label and prefix (P = 0 of one class, for one) once. advance: told of finished rows, P*N in all.
 
     Raises: UsageError without prefixes, or as ``Model.generate``.
     """
     if not prefixes:
         raise UsageError("expected at least one prefix length, got none")
     found = torch.empty(len(prefixes), len(targets), model.num_tokens, dtype=torch.int64)
-    wanted: dict[tuple[int, bytes], list[tuple[int, int]]] = {}
-    for i, (label, tokens) in enumerate(zip(targets.labels.tolist(), targets.tokens, strict=True)):
-        for p, length in enumerate(prefixes):
-            wanted.setdefault((label, tokens[:length].numpy().tobytes()), []).append((p, i))
-    rows = list(wanted.items())
+    rows = [(p, i) for i in range(len(targets)) for p in range(len(prefixes))]
     for start in range(0, len(rows), batch_size):
         batch = rows[start : start + batch_size]
-        labels = torch.tensor([label for (label, _), _ in batch])
-        first = [places[0] for _, places in batch]
-        made = model.generate(labels, [targets.tokens[i, : prefixes[p]] for p, i in first]).cpu()
-        for row, (_, places) in zip(made, batch, strict=True):
-            for p, i in places:
-                found[p, i] = row
-        advance(sum(len(places) for _, places in batch))
+        labels = torch.from_numpy(targets.labels[[i for _, i in batch]])
+        made = model.generate(labels, [targets.tokens[i, : prefixes[p]] for p, i in batch]).cpu()
+        for (p, i), row in zip(batch, made, strict=True):
+            found[p, i] = row
+        advance(len(batch))
     return found
 
 
