@@ -28,7 +28,7 @@ from fastmem.quality.features import Features, Reference, SSCDFeatures, to_bytes
 from fastmem.quality.frechet import FeatureMoments, Gaussian, frechet_distance
 from fastmem.quality.inception import InceptionFeatures, fetch_inception, find_inception
 from fastmem.quality.kernel import kernel_distance
-from fastmem.quality.losses import mean_losses, read_true_images, spread
+from fastmem.quality.losses import TEMPERATURES, mean_losses, read_true_images, spread
 from fastmem.quality.reference import file_reference, read_reference
 from fastmem.quality.samples import even_classes, sample_labels, sample_shard
 from fastmem.quality.sampling import EvaluationReporter, EvaluationSettings
@@ -215,6 +215,41 @@ def test_losses_are_means_over_images_and_over_groups(toy_model, toy_source):
     assert found["loss_some"] == pytest.approx(by_image[chosen].mean(), rel=1e-5)
 
 
+def test_unseen_images_have_a_loss_at_their_best_temperature(toy_model, toy_source):
+    images = read_true_images(toy_model, toy_source, Manifest.build(toy_source))
+    logits = toy_model.logits(images.tokens, images.labels).double()
+
+    class Surer:
+        """The toy model, ``by`` times as sure of everything."""
+
+        rows_of_logits = 2
+
+        def __init__(self, by):
+            self.by = by
+
+        def logits(self, tokens, labels):
+            return self.by * toy_model.logits(tokens, labels)
+
+        def loss(self, temperature):
+            by_token = -(logits * self.by / temperature).log_softmax(-1).gather(-1, images.tokens[..., None])
+            return float(by_token.mean())
+
+    # the toy model is so unsure that its own best temperature lies below the ladder
+    sure, surest = Surer(16), Surer(32)
+    found = mean_losses(sure, {"heldout": images})
+    assert set(found) == OF_HELDOUT
+    assert found["loss_heldout"] == pytest.approx(sure.loss(1.0), rel=1e-5)
+    best = min(TEMPERATURES, key=sure.loss)
+    assert min(TEMPERATURES) < best < max(TEMPERATURES) / 2
+    assert found["temperature_heldout"] == best
+    assert found["loss_heldout_tempered"] == pytest.approx(sure.loss(best), rel=1e-5)
+    # the temperature takes back what is mere certainty
+    other = mean_losses(surest, {"heldout": images})
+    assert other["loss_heldout"] > found["loss_heldout"]
+    assert other["temperature_heldout"] == pytest.approx(2 * best)
+    assert other["loss_heldout_tempered"] == pytest.approx(found["loss_heldout_tempered"], rel=1e-5)
+
+
 def test_a_capped_loss_takes_images_evenly(toy_model, toy_source):
     images = read_true_images(toy_model, toy_source, Manifest.build(toy_source), most=5)
     assert images.count == 5
@@ -355,6 +390,7 @@ def fake_sscd(monkeypatch, tmp_path) -> None:
     )
 
 
+OF_HELDOUT = {"loss_heldout", "loss_heldout_tempered", "temperature_heldout"}
 KEYS = {"run", "edit", "samples", "metrics", "features", "reference"}
 
 
@@ -366,7 +402,7 @@ def test_evaluate_writes_one_document_and_a_picture(capsys, scored, fake_sscd): 
     assert set(document) >= KEYS
     assert (document["samples"], document["edit"], document["features"]) == (9, None, ["fake-32"])
     assert document["reference"] == "held-out images of the run, 8 images"
-    expected = {"kd-sscd", "kd-sscd-low", "kd-sscd-high", "loss_train", "loss_heldout"}
+    expected = {"kd-sscd", "kd-sscd-low", "kd-sscd-high", "loss_train", *OF_HELDOUT}
     assert set(document["metrics"]) == expected
     assert "sampling 9 images" in err
     assert "at the measured speed" in err
@@ -413,7 +449,7 @@ def test_without_a_network_only_losses_are_taken(capsys, scored, monkeypatch, tm
     assert code == 0, err
     document = json.loads(out)
     assert (document["samples"], document["features"], document["reference"]) == (0, [], None)
-    assert set(document["metrics"]) == {"loss_train", "loss_heldout"}
+    assert set(document["metrics"]) == {"loss_train", *OF_HELDOUT}
     assert "only losses are taken" in err
 
 

@@ -64,7 +64,7 @@ def test_one_json_document_a_table_and_a_picture(capsys, folder):
     assert {"by", "fraction", "factor", "seed", "extracted", "metrics"} <= set(document["rows"][0])
     # two seeds of no edit, a selection, two declared seeds of random, three more factors of it for equal quality
     assert len(document["rows"]) == 8
-    assert (document["targets"], document["reported_targets"], document["cost"]) == (16, 8, "loss_heldout")
+    assert (document["targets"], document["reported_targets"], document["cost"]) == (16, 8, "loss_heldout_tempered")
     assert document["groups"] == {"dose-1": 8, "dose-16": 8}
     assert document["rows"][0]["by_group"]["dose-16"] == document["rows"][0]["extracted"] == 8
     assert all(sum(r["by_group"].values()) == r["extracted"] for r in document["rows"])
@@ -151,7 +151,7 @@ def test_other_images_have_no_doses(folder):
         pytest.param(("--by", "luck"), 2, "expected selections out of", id="selection"),
         pytest.param(("--re-attack", "7%"), 2, "expected --re-attack as one of --fractions, got 7 %", id="re-attack"),
         pytest.param(("--judge", "eyes"), 2, "expected a judge out of", id="judge"),
-        pytest.param(("--cost", "beauty", *SMALL), 2, "expected --cost as one of loss_heldout", id="cost"),
+        pytest.param(("--cost", "beauty", *SMALL), 2, "one of loss_heldout_tempered, loss_heldout,", id="cost"),
         pytest.param(
             ("--target-reduction", "2", "--judge", "tokens"), 2, "expected a reduction above 0", id="reduction"
         ),

@@ -58,7 +58,7 @@ PLAN_OPTIONS = ("fractions", "factors", "scope", "merge", "seeds", "declared_see
 @click.option("--sscd", metavar="FILE", help="Meta's sscd_disc_mixup.torchscript.pt.  [default: in FASTMEM_HOME]")
 @click.option("--trust-sscd", is_flag=True, help="Load a TorchScript file of unknown SHA-256, which can run any code.")
 @click.option("--size", "side", type=int, default=PUBLISHED_SIZE, show_default=True, help="Side of a picture; or 288.")
-@click.option("--cost", metavar="METRIC", help="Quality loss is the rise of it.  [default: kd-sscd, else loss_heldout]")
+@click.option("--cost", metavar="METRIC", help="Whose rise is the loss of quality.  [default: kd-sscd, else by losses]")
 @click.option("--seed", type=int, default=0, show_default=True, help="Of samples, and of the halves of targets.")
 @click.option("--out", metavar="FOLDER", help="Where the table is kept.  [default: RUN/sweep]")
 @click.option("--resume", is_flag=True, help="Go on with a table, which may have other rows before.")
@@ -216,7 +216,7 @@ def prepare_bench(opened: OpenedRun, settings: BenchSettings, judge: Judge) -> P
     """The bench of an opened run; without an embedder quality is measured by losses, said aloud."""
     extractor = SSCDFeatures(judge.embedder) if isinstance(judge, SSCDJudge) else None
     if extractor is None:
-        say("quality by the loss of held-out images alone, because there is no embedder")
+        say("quality by the loss of held-out images alone, at its best temperature, because there is no embedder")
     return prepare(
         opened.model,
         opened.sources,

@@ -10,6 +10,7 @@ import click
 import numpy as np
 
 from fastmem.extraction.verdicts import Count
+from fastmem.quality.losses import TEMPERED
 from fastmem.report.markdown import markdown_table
 from fastmem.sweep.comparisons import EQUAL_QUALITY
 from fastmem.sweep.plan import DRAWN, Row, percent
@@ -101,11 +102,11 @@ def search_table(document: dict[str, Any]) -> str:
             f"{r['chosen_reduction']:.0%}",
             f"{r['reduction']:.0%}",
             f"{r['cost']:+.4f}",
-            f"{r['metrics']['loss_heldout']:.3f}",
+            f"{r['metrics'][TEMPERED]:.3f}",
         )
         for r in document["reached"]
     ]
-    head = ("edit", "units", "reduction, chosen half", "other half", f"rise of {document['cost']}", "loss_heldout")
+    head = ("edit", "units", "reduction, chosen half", "other half", f"rise of {document['cost']}", TEMPERED)
     return markdown_table(head, body)
 
 

@@ -189,7 +189,8 @@ class Model(ABC):
         return before
 
     @property
-    def _rows_of_logits(self) -> int:
+    def rows_of_logits(self) -> int:
+        """How many images' logits are held at once."""
         return max(1, LOGITS // (self.num_tokens * self.vocabulary))
 
     def _tokenizer_chunks(self, batch: Tensor) -> tuple[Tensor, ...]:
@@ -241,7 +242,7 @@ class Model(ABC):
             labels = torch.full((len(tokens),), NO_CLASS, device=self.device)
         else:
             labels = self._check_labels(labels, len(tokens))
-        chunks = (c.split(self._rows_of_logits) for c in (tokens, labels))
+        chunks = (c.split(self.rows_of_logits) for c in (tokens, labels))
         return _join([_outcomes(self.forward_logits(t, y), t) for t, y in zip(*chunks, strict=True)])
 
     @torch.inference_mode()
@@ -254,7 +255,7 @@ class Model(ABC):
         tokens = self._check_tokens(tokens)
         labels = self._check_labels(labels, len(tokens))
         responses, outcomes = [], []
-        for t, y in zip(*(c.split(self._rows_of_logits) for c in (tokens, labels)), strict=True):
+        for t, y in zip(*(c.split(self.rows_of_logits) for c in (tokens, labels)), strict=True):
             response, logits = self._responses_and_logits(t, y, spans, backend)
             responses.append(response)
             outcomes.append(_outcomes(logits, t))

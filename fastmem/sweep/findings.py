@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from fastmem.files import write_atomically
+from fastmem.quality.losses import HELDOUT, TEMPERED
 from fastmem.sweep.comparisons import Comparison, compare_all, sides_of
 from fastmem.sweep.pareto import pareto_front
 from fastmem.sweep.plan import Row
@@ -17,7 +18,7 @@ from fastmem.sweep.table import Measured, mean_of
 from fastmem.sweep.targets import TargetSet
 
 # metrics that rise as quality falls, best first
-COSTS = ("kd-sscd", "loss_heldout")
+COSTS = ("kd-sscd", TEMPERED, f"loss_{HELDOUT}")
 
 
 @dataclass(frozen=True, eq=False)

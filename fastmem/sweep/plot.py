@@ -15,6 +15,7 @@ from fastmem.sweep.findings import COSTS, Findings
 from fastmem.sweep.plan import DRAWN, NO_EDIT, percent
 from fastmem.sweep.table import unedited_cost
 
+PANELS = 2
 # told apart by marker as well as by colour
 STYLES = {
     "unitmem": ("#2a6f97", "o"),
@@ -31,12 +32,13 @@ STYLES = {
 
 
 def draw_sweep(path: Path, findings: Findings, title: str) -> None:
-    """Extracted targets against loss of quality, a panel for each metric of it that was measured.
+    """Extracted targets against loss of quality: by the metric of the comparisons, and by the best of the others.
 
     A line per selection has a marker per fraction; random and matched units are a band from their lowest to their
     highest seed; random units at equal quality are crosses, tied to the edit that they stand beside.
     """
-    metrics = [findings.cost, *(m for m in COSTS if m in findings.measured[0].metrics and m != findings.cost)]
+    measured = [m for m in COSTS if m in findings.measured[0].metrics and m != findings.cost]
+    metrics = [findings.cost, *measured][:PANELS]
     figure = Figure(figsize=(2.2 + 5.2 * len(metrics), 4.8), layout="constrained")
     axes = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
     factor = next((m.row.factor for m in findings.measured if m.row.by != NO_EDIT.by), None)

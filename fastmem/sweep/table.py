@@ -17,7 +17,7 @@ from fastmem.files import read_tensors, write_tensors
 from fastmem.runs import Interruption
 from fastmem.sweep.plan import NO_EDIT, Row
 
-SCHEMA = "fastmem.sweep-row/1"
+SCHEMA = "fastmem.sweep-row/2"
 
 
 class RowUnavailable(UsageError):
