@@ -32,7 +32,7 @@ class Row:
     """One edit of the plan.
 
     by: a selection, or "none" for the unedited model; fraction: share of all units; factor: of the chosen rows; seed:
-    of random and matched units, and elsewhere of the samples alone; scope, merge: as ``fastmem.select``; graded:
+    of the samples, and of the units where these are random or matched; scope, merge: as ``fastmem.select``; graded:
     ``factor`` is the best unit's and the others' rise to 1 with falling score; rounds: the units are chosen in so many
     parts of equal size, each scored on the model that the parts before have edited.
     """

@@ -102,7 +102,7 @@ class Table:
                 # the attack is greedy: where a seed is of the samples alone, the first row's holds for all
                 known = before or self._first(row)
                 similarity = self.bench.attack() if known is None else known.similarity
-                metrics = self.bench.quality(0 if row.drawn else row.seed) if with_quality else None
+                metrics = self.bench.quality(row.seed) if with_quality else None
         except RowUnavailable as error:
             return Measured(row, np.empty((0, 0), np.float32), None, 0, 0.0, str(error))
         seconds = time.monotonic() - started + (before.seconds if before is not None else 0.0)
