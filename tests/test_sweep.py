@@ -19,7 +19,17 @@ from fastmem.sweep.findings import Findings, find, write_table
 from fastmem.sweep.pareto import pareto_front
 from fastmem.sweep.plan import NO_EDIT, Row, SweepSettings, plan_hash, plan_rows
 from fastmem.sweep.plot import draw_sweep
-from fastmem.sweep.search import LADDER, plain_halving, search
+from fastmem.sweep.search import (
+    CONFIRMED,
+    FRESH_SEEDS,
+    LADDER,
+    Estimate,
+    beats,
+    most_work,
+    plain_halving,
+    recipes,
+    search,
+)
 from fastmem.sweep.table import Measured, RowUnavailable, SweepPlan, SweepReporter, Table, measure_rows
 from fastmem.sweep.targets import TargetSet
 
@@ -30,10 +40,13 @@ PRICE = {"unitmem": 1.0, "attribution": 0.5, "lowest": 0.1, "random": 2.0, "matc
 
 
 class FakeBench:
-    """A model whose targets are lost in order, in proportion to the edit; counts what it is asked."""
+    """A model whose targets are lost in order, in proportion to the edit; counts what it is asked.
 
-    def __init__(self, missing: str = "", stop_after: int | None = None) -> None:
-        self.missing, self.stop_after = missing, stop_after
+    later_price: by which the price of an edit is multiplied in samples of the fourth seed and later.
+    """
+
+    def __init__(self, missing: str = "", stop_after: int | None = None, later_price: float = 1.0) -> None:
+        self.missing, self.stop_after, self.later_price = missing, stop_after, later_price
         self.attacked: list[Row] = []
         self.sampled: list[Row] = []
         self.row = NO_EDIT
@@ -61,10 +74,13 @@ class FakeBench:
         return similarity
 
     def quality(self, seed: int) -> dict[str, float]:
-        assert seed == (0 if self.row.drawn else self.row.seed)
+        # seeds of drawn units have samples of their own, too: one draw of samples would be an error common to all
+        assert seed == self.row.seed
         self.sampled.append(self.row)
         # samples differ by their seed: the first three are 0.01 above and below the mean
-        return {"kd-sscd": 0.1 + self._size(PRICE) + 0.01 * (0.0, 1.0, -1.0, 0.0, 0.0)[seed], "loss_heldout": 5.0}
+        noise = (0.0, 0.01, -0.01)[seed] if seed < 3 else 0.0
+        price = self._size(PRICE) * (self.later_price if seed >= 3 else 1.0)
+        return {"kd-sscd": 0.1 + price + noise, "loss_heldout": 5.0}
 
 
 def target_set() -> TargetSet:
@@ -331,14 +347,58 @@ def test_the_search_finds_the_smallest_fraction_and_measures_only_its_quality(tm
     assert all(r.chosen_reduction >= 0.5 for r in found)
     assert found[0].reduction == pytest.approx(1 - round(40 * (1 - 4 * 4 * 0.07 * 0.5)) / 40, abs=0.06)
     assert {row for row in bench.sampled if not row.seed} == {NO_EDIT, *(r.row for r in found)}
-    assert len(bench.sampled) == 3 * 3
-    assert len(bench.attacked) <= 1 + 4 * len(rows)
-    assert len(advanced) == 3
+    # three seeds to search by and others to confirm by, of no edit and of two edits
+    assert len(bench.sampled) == 3 * (3 + FRESH_SEEDS)
+    attacks, qualities = most_work(rows)
+    assert len(bench.attacked) <= 1 + 4 * len(rows) <= attacks
+    assert len(bench.sampled) <= qualities
+    assert sum(advanced) == len(rows) + CONFIRMED
     assert all(r.fraction in (0.0, *LADDER) for r in bench.attacked)
     assert plain_halving(found) is found[1]
     assert plain_halving(found[:1]) is None
     record = found[0].record()
     assert (record["by"], record["fraction"]) == ("attribution", 0.07)
+
+
+def test_the_cheapest_edits_are_stated_by_samples_that_they_were_not_chosen_by(tmp_path):
+    rows = [Row("unitmem", 0.0, 0.5), Row("random", 0.0, 0.5)]
+    rows += [Row("attribution", 0.0, factor) for factor in (0.5, 0.25, 0.0)]
+    # by later samples every edit costs twice what it cost while it was searched
+    found = search(Table(tmp_path, FakeBench(later_price=2.0)), target_set(), 0.5, "kd-sscd", rows)
+    plain = plain_halving(found)
+    assert len(found) == 5
+    assert all(r.confirmation.seeds == FRESH_SEEDS for r in found)
+    for r in found:
+        if not r.row.drawn:
+            assert r.confirmation.cost.value == pytest.approx(2 * r.cost)
+    assert plain.confirmation.beside_plain is plain.confirmation.beside_half is None
+    cheap = next(r for r in found if r.row.factor == 0.5 and r.row.by == "attribution")
+    # 0.07 of the units at half the price, beside 0.15 of them
+    assert cheap.confirmation.beside_plain.value == pytest.approx(2 * (0.5 * 0.07 - 0.15) * 0.5)
+    assert cheap.confirmation.beside_half.value == pytest.approx(2 * (0.5 * 0.07 - 0.15 / 2) * 0.5)
+    stops_as_much = [r for r in found if r.row.by == "attribution" and r.reduction >= plain.reduction]
+    assert [r for r in found if beats(r, plain)] == stops_as_much
+    assert 0 < len(stops_as_much) < 3
+    assert beats(replace(cheap, reduction=plain.reduction), plain)
+    # an edit that stops less is no better for costing less
+    assert not beats(replace(cheap, reduction=plain.reduction - 0.1), plain)
+    assert not beats(replace(cheap, confirmation=None), plain)
+    assert cheap.record()["confirmation"]["cost"]["value"] == cheap.confirmation.cost.value
+
+
+def test_edits_beside_no_halving_by_unitmem_are_confirmed_alone(tmp_path):
+    found = search(Table(tmp_path, FakeBench()), target_set(), 0.5, "kd-sscd", [Row("attribution", 0.0, 0.5)])
+    assert found[0].confirmation.cost.value == pytest.approx(found[0].cost)
+    assert found[0].confirmation.beside_plain is None
+    assert search(Table(tmp_path, FakeBench()), target_set(), 0.5, "kd-sscd", [Row("lowest", 0.0, 0.5)]) == []
+
+
+def test_an_estimate_has_the_interval_of_students_t():
+    found = Estimate.of([1.0, 2.0, 3.0, 6.0])
+    # 2.160 standard deviations of 4 values; 3.182 is the 97.5 % point of t with 3 degrees of freedom
+    assert found.value == 3.0
+    assert found.high - found.value == pytest.approx(3.182446 * 2.160247 / 2, rel=1e-6)
+    assert found.value - found.low == pytest.approx(found.high - found.value)
 
 
 def test_the_search_goes_on_past_a_selection_that_cannot_be_made(tmp_path):
@@ -366,7 +426,7 @@ def test_the_time_that_is_told_is_of_the_rows_that_are_left(tmp_path):
 
 
 def test_a_search_goes_through_the_selections_that_are_named():
-    from fastmem.sweep.search import PLAIN, RANDOM, recipes
+    from fastmem.sweep.search import PLAIN, RANDOM
 
     assert recipes(["lowest"]) == [PLAIN, RANDOM]
     named = recipes(["attribution"])

@@ -102,6 +102,7 @@ def test_a_sweep_goes_on_with_more_rows_and_measures_only_those(capsys, folder, 
 def test_the_search_prints_what_reached_the_reduction(capsys, folder, monkeypatch):
     from fastmem.cli import sweep
 
+    monkeypatch.setattr("fastmem.sweep.search.FRESH_SEEDS", 2)
     monkeypatch.setattr(sweep, "recipes", lambda by: [Row("unitmem", 0.0, 0.0), Row("random", 0.0, 0.0)])
     arguments = ("sweep", "--run", folder, "--judge", "tokens", "--target-reduction", "0.3")
     code, out, err = run(capsys, *arguments, "--json")
@@ -111,10 +112,13 @@ def test_the_search_prints_what_reached_the_reduction(capsys, folder, monkeypatc
     # random units are searched with one seed, and stated as a mean over three
     assert all(r["chosen_reduction"] >= 0.3 for r in document["reached"] if r["by"] == "unitmem")
     assert {r["by"] for r in document["reached"]} == {"unitmem", "random"}
+    assert not any(r["beats_plain"] for r in document["reached"])
+    assert all(r["confirmation"]["seeds"] == 2 for r in document["reached"])
     assert len(document["rows"]) == 1 + 3 * len(document["reached"])
     code, out, _ = run(capsys, *arguments, "--resume")
     assert code == 0
     assert "reduction, chosen half" in out
+    assert "by fresh samples (95 %)" in out
     assert (folder / "sweep" / "search.json").exists()
 
 

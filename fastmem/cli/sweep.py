@@ -29,7 +29,7 @@ from fastmem.sweep.plan import ATTRIBUTION, NO_EDIT, SELECTED, Row, SweepSetting
 from fastmem.sweep.plot import draw_sweep
 from fastmem.sweep.prepare import BenchSettings, Prepared, prepare
 from fastmem.sweep.reattack import Attacker, ReAttack, attack_edits_again
-from fastmem.sweep.search import plain_halving, recipes, search
+from fastmem.sweep.search import CONFIRMED, beats, most_work, plain_halving, recipes, search
 from fastmem.sweep.table import SweepPlan, SweepReporter, Table, measure_rows
 
 SCHEMA = "fastmem.sweep/1"
@@ -276,9 +276,15 @@ def title(opened: OpenedRun, prepared: Prepared) -> str:
 def run_search(table: Table, prepared: Prepared, reduction: float, cost: str, by: Sequence[str]) -> dict[str, Any]:
     """Search the recipes of the selections ``by``; returns the document, cheapest edit first."""
     rows = recipes(by)
-    say(f"searching {len(rows)} recipes for a reduction of {reduction:.0%}, at most four attacks each")
-    with image_progress("recipes") as (start, advance):
-        start(len(rows))
+    attacks, qualities = most_work(rows)
+    # either takes less than the first row, which is both
+    seconds = table.measure(NO_EDIT).seconds * max(attacks, qualities)
+    say(
+        f"searching {len(rows)} recipes for a reduction of {reduction:.0%}: at most {attacks} attacks and quality "
+        f"{qualities} times, at most about {duration(seconds)} at the speed of the first row"
+    )
+    with image_progress("steps") as (start, advance):
+        start(len(rows) + CONFIRMED)
         reached = search(table, prepared.counted, reduction, cost, rows, advance)
     found = find([table.measure(NO_EDIT), *(m for r in reached for m in r.measured)], prepared.counted, cost)
     plain = plain_halving(reached)
@@ -286,7 +292,7 @@ def run_search(table: Table, prepared: Prepared, reduction: float, cost: str, by
     return found.document() | {
         "comparisons": [],
         "target_reduction": reduction,
-        "reached": [r.record() for r in reached],
+        "reached": [r.record() | {"beats_plain": plain is not None and beats(r, plain)} for r in reached],
         "plain_halving": None if plain is None else plain.record(),
     }
 

@@ -102,29 +102,42 @@ def search_table(document: dict[str, Any]) -> str:
             f"{r['chosen_reduction']:.0%}",
             f"{r['reduction']:.0%}",
             f"{r['cost']:+.4f}",
+            "" if r["confirmation"] is None else interval_text(r["confirmation"]["cost"]),
             f"{r['metrics'][TEMPERED]:.3f}",
         )
         for r in document["reached"]
     ]
-    head = ("edit", "units", "reduction, chosen half", "other half", f"rise of {document['cost']}", TEMPERED)
+    rise = f"rise of {document['cost']}"
+    head = ("edit", "units", "reduction, chosen half", "other half", rise, "by fresh samples (95 %)", TEMPERED)
     return markdown_table(head, body)
 
 
+def interval_text(estimate: dict[str, float]) -> str:
+    """An estimate with its interval."""
+    return f"{estimate['value']:+.4f} ({estimate['low']:+.4f} to {estimate['high']:+.4f})"
+
+
 def search_sentence(document: dict[str, Any]) -> str:
-    """Whether anything beats plain halving by UnitMem at the same reduction."""
+    """Whether anything beats plain halving by UnitMem at the same reduction, by samples that it was not chosen by."""
     plain, reached = document["plain_halving"], document["reached"]
     if plain is None:
         goal = f"a reduction of {document['target_reduction']:.0%}"
         return f"halving by UnitMem does not reach {goal}, {len(reached)} other edits do"
-    cheaper = [r for r in reached if r["cost"] < plain["cost"]]
     start = (
-        f"halving by UnitMem costs {plain['cost']:+.4f} of {document['cost']} with {percent(plain['fraction'])} of all "
-        "units"
+        f"halving by UnitMem takes {percent(plain['fraction'])} of all units and costs "
+        f"{interval_text(plain['confirmation']['cost'])} of {document['cost']}"
     )
-    if not cheaper:
-        return f"{start}; nothing that was searched costs less"
+    beating = [row for row in reached if row["beats_plain"]]
+    if not beating:
+        return f"{start}; nothing that was searched stops as much and surely costs less"
+    best = min(beating, key=lambda row: row["confirmation"]["cost"]["value"])
+    halved = best["confirmation"]["beside_half"]
+    verdict = (
+        "surely at most half" if halved["high"] <= 0 else "surely more than half" if halved["low"] > 0 else "about half"
+    )
     return (
-        f"{start}; {len(cheaper)} edits cost less, the cheapest {cheaper[0]['cost']:+.4f}: {row_of(cheaper[0]).title}"
+        f"{start}; {len(beating)} edits stop as much and surely cost less, the cheapest "
+        f"{interval_text(best['confirmation']['cost'])}, {verdict}: {row_of(best).title}"
     )
 
 

@@ -2,19 +2,22 @@
 
 For every recipe (a selection with its factor, scope and rounds) the smallest fraction of units that reaches the
 reduction on one half of the targets is found by bisection on a ladder; only that edit's quality is measured. Counts are
-reported on the other half.
+reported on the other half. The cheapest of many edits looks cheaper than it is, by the chance of its samples: the best
+few are sampled anew, beside halving by UnitMem, at random and the unedited model, and stated by those samples alone.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from fastmem.errors import UsageError
+from fastmem.sweep.compare import LEVEL
 from fastmem.sweep.plan import ATTRIBUTION, HALVED, NO_EDIT, Row
 from fastmem.sweep.table import Measured, Table, mean_of
 from fastmem.sweep.targets import TargetSet
@@ -24,9 +27,44 @@ FACTORS = (HALVED, 0.25, 0.0)
 SEARCHED = ("unitmem", "within-class", "gap", ATTRIBUTION)
 # a metric of samples varies with their seed: of what is compared, a mean is taken
 SEEDS = 3
+# so many of the cheapest edits are sampled anew, with so many seeds
+FINALISTS = 5
+FRESH_SEEDS = 8
+# with the unedited model and both halvings
+CONFIRMED = FINALISTS + 3
 # what every result stands beside
 PLAIN = Row("unitmem", 0.0, HALVED)
 RANDOM = Row("random", 0.0, HALVED)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds of samples that differ in nothing else, with its 95 % interval by Student's t."""
+
+    value: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Estimate:
+        """The mean of at least two values."""
+        mean, error = float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(len(values)))
+        reach = float(stats.t.ppf((1 + LEVEL) / 2, len(values) - 1)) * error
+        return cls(mean, mean - reach, mean + reach)
+
+
+@dataclass(frozen=True)
+class Confirmation:
+    """An edit's loss of quality by samples that had no part in its choice.
+
+    seeds: of the samples; cost: against the unedited model; beside_plain: that cost minus the cost of halving by
+    UnitMem; beside_half: minus half of it, which is the goal; None without such an edit. Differences are by seed.
+    """
+
+    seeds: int
+    cost: Estimate
+    beside_plain: Estimate | None
+    beside_half: Estimate | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,13 +72,14 @@ class Reached:
     """The smallest edit of a recipe that reaches the reduction.
 
     measured: with every seed, the first of which was searched with; chosen_reduction, reduction: on the half that it
-    was chosen by, and on the other; cost: loss of quality; all are means over the seeds.
+    was chosen by, and on the other; cost: loss of quality; all are means over the seeds. confirmation: of the best few.
     """
 
     measured: tuple[Measured, ...]
     chosen_reduction: float
     reduction: float
     cost: float
+    confirmation: Confirmation | None = None
 
     @property
     def row(self) -> Row:
@@ -55,6 +94,7 @@ class Reached:
             "reduction": self.reduction,
             "cost": self.cost,
             "metrics": {name: mean_of(self.measured, name) for name in self.measured[0].metrics},
+            "confirmation": None if self.confirmation is None else asdict(self.confirmation),
         }
 
 
@@ -68,18 +108,26 @@ def recipes(by: Sequence[str] = SEARCHED) -> list[Row]:
     return list(dict.fromkeys([PLAIN, RANDOM, *plain, *graded, *per_layer, *again]))
 
 
+def most_work(rows: Sequence[Row]) -> tuple[int, int]:
+    """How many attacks and how many measurements of quality a search of these recipes takes at most."""
+    attacks = math.ceil(math.log2(len(LADDER) + 1))
+    # of random units each seed is attacked by itself
+    drawn = SEEDS - 1 + FRESH_SEEDS
+    return 1 + len(rows) * attacks + drawn, (1 + len(rows)) * SEEDS + CONFIRMED * FRESH_SEEDS
+
+
 def search(
     table: Table,
     targets: TargetSet,
     reduction: float,
     cost: str,
     rows: Sequence[Row],
-    advance: Callable[[int], None] = lambda recipes: None,
+    advance: Callable[[int], None] = lambda steps: None,
 ) -> list[Reached]:
     """The smallest edit of every recipe that reaches ``reduction``, cheapest first; recipes that never do are left out.
 
     reduction: of the targets extracted on the half that edits are chosen by, in (0, 1]; cost: a metric that rises as
-    quality falls; rows: recipes, whose fraction is open.
+    quality falls; rows: recipes, whose fraction is open; advance: told of each that is done, and of ``CONFIRMED`` more.
 
     Raises: UsageError for a reduction outside (0, 1], or where the unedited model gives nothing away on either half.
     """
@@ -101,17 +149,47 @@ def search(
             chosen, other = (1 - left / base).tolist()
             found.append(Reached(tuple(measured), chosen, other, mean_of(measured, cost) - mean_of(unedited, cost)))
         advance(1)
-    return sorted(found, key=lambda r: r.cost)
+    return _confirmed(table, sorted(found, key=lambda r: r.cost), cost, advance)
 
 
-def _sampled(table: Table, row: Row) -> list[Measured]:
-    """A row with several seeds, of its samples or of its units where these are drawn."""
-    return [table.measure(replace(row, seed=seed)) for seed in range(SEEDS)]
+def _sampled(table: Table, row: Row, seeds: Sequence[int] = range(SEEDS)) -> list[Measured]:
+    """A row with several seeds of its samples, and of its units where these are drawn."""
+    return [table.measure(replace(row, seed=seed)) for seed in seeds]
+
+
+def _confirmed(table: Table, reached: Sequence[Reached], cost: str, advance: Callable[[int], None]) -> list[Reached]:
+    """What was reached, with confirmations of the cheapest few and of halving by UnitMem and at random."""
+    seeds = range(SEEDS, SEEDS + FRESH_SEEDS)
+    plain = plain_halving(reached)
+    controls = [r for r in reached if replace(r.row, fraction=0.0) in (PLAIN, RANDOM)]
+    finalists = [*controls, *[r for r in reached if r not in controls][:FINALISTS]]
+    costs: dict[Row, np.ndarray] = {}
+    for row in (NO_EDIT, *(r.row for r in finalists)):
+        costs[row] = np.array([m.metrics[cost] for m in _sampled(table, row, seeds)])
+        advance(1)
+    advance(CONFIRMED - len(costs))
+    return [replace(r, confirmation=_confirmation(costs, r, plain)) if r in finalists else r for r in reached]
+
+
+def _confirmation(costs: Mapping[Row, np.ndarray], edit: Reached, plain: Reached | None) -> Confirmation:
+    """From costs by seed, float64 [seeds] each, of the edit, of halving by UnitMem and of the unedited model."""
+    rise = costs[edit.row] - costs[NO_EDIT]
+    if plain is None or edit is plain:
+        return Confirmation(len(rise), Estimate.of(rise), None, None)
+    usual = costs[plain.row] - costs[NO_EDIT]
+    return Confirmation(len(rise), Estimate.of(rise), Estimate.of(rise - usual), Estimate.of(rise - usual / 2))
 
 
 def plain_halving(reached: Sequence[Reached]) -> Reached | None:
     """Halving by UnitMem among what was reached, by which the others are measured."""
     return next((r for r in reached if replace(r.row, fraction=0.0) == PLAIN), None)
+
+
+def beats(edit: Reached, plain: Reached) -> bool:
+    """Whether an edit stops at least what halving by UnitMem stops, on targets that neither was chosen by, and by fresh
+    samples costs surely less."""
+    beside = edit.confirmation and edit.confirmation.beside_plain
+    return bool(beside and beside.high < 0 and edit.reduction >= plain.reduction)
 
 
 def _counts(targets: TargetSet, measured: Measured) -> tuple[int, int]:
