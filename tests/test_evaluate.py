@@ -285,6 +285,17 @@ def test_inception_features_are_torch_fidelitys(inception_file):
     np.testing.assert_allclose(found.logits, expected[1], rtol=1e-5, atol=1e-6)
 
 
+def test_features_are_joined_with_their_logits():
+    rng = np.random.default_rng(0)
+    whole = Features(rng.random((5, 3), np.float32), rng.random((5, 4), np.float32))
+    parts = [Features(whole.vectors[at], whole.logits[at]) for at in (slice(0, 2), slice(2, 5))]
+    for given in (parts, [whole]):
+        joined = Features.join(given)
+        np.testing.assert_array_equal(joined.vectors, whole.vectors)
+        np.testing.assert_array_equal(joined.logits, whole.logits)
+    assert Features.join([Features(whole.vectors)] * 2).logits is None
+
+
 def test_inception_weights_are_never_unpickled(tmp_path, inception_file):
     class Code:
         def __reduce__(self):
@@ -416,6 +427,24 @@ def test_evaluate_writes_one_document_and_a_picture(capsys, scored, fake_sscd): 
     code, out, err = run(capsys, *arguments)
     assert (code, json.loads(out)) == (0, document)
     assert "has this evaluation already" in err
+
+
+def test_evaluate_with_inception_weights(capsys, scored, inception_file):  # noqa: F811
+    arguments = ("evaluate", "--run", scored, "--samples", 11, "--batch-size", 6, "--inception", inception_file)
+    code, out, err = run(capsys, *arguments, "--features", "inception", "--json")
+    assert code == 0, err
+    document = json.loads(out)
+    assert document["features"][0].startswith("inception-v3-compat-")
+    assert {"kid", "kid-low", "kid-high", "is", "is-std", "precision", "recall"} <= set(document["metrics"])
+    # 11 samples and 8 images have singular covariances
+    assert "fid" not in document["metrics"]
+    assert any(note.startswith("no fid: expected at least 2049 images") for note in document["notes"])
+    # the samples are there: only the reference is another
+    statistics = scored / "statistics.npz"
+    np.savez(statistics, mu=np.zeros(2048), sigma=np.eye(2048))
+    code, out, err = run(capsys, *arguments, "--features", "inception", "--reference", statistics, "--json")
+    assert code == 0, err
+    assert {"is", "is-std"} <= set(json.loads(out)["metrics"])
 
 
 def test_training_images_as_a_reference_are_said_to_reward_copying(capsys, scored, fake_sscd):  # noqa: F811

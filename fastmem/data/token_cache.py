@@ -31,7 +31,7 @@ from fastmem.files import read_tensors, write_tensors
 from fastmem.models.model import Model
 from fastmem.models.registry import home
 
-SCHEMA = "fastmem.tokens/1"
+SCHEMA = "fastmem.tokens/2"
 SHARD_IMAGES = 64
 # libraries whose next version may decode, resize or encode to other bits
 LIBRARIES = ("pillow", "torch", "torchvision")

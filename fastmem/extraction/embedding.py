@@ -189,7 +189,7 @@ class TorchScriptEmbedder:
         _check_pixels(pixels, self.size)
         images = torch.from_numpy(pixels).to(self._device).permute(0, 3, 1, 2).float() / 255
         try:
-            with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):
+            with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
                 found = self._network((images - self._mean) / self._std)
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError):

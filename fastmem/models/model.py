@@ -210,7 +210,7 @@ class Model(ABC):
             )
         images = images.to(self.device, torch.float32).contiguous(memory_format=torch.channels_last)
         # a near tie between two codes must not be decided by reduced precision
-        with torch.backends.cudnn.flags(allow_tf32=False):
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             return torch.cat([self.tokenizer.encode(chunk) for chunk in self._tokenizer_chunks(images)])
 
     @torch.inference_mode()
@@ -220,7 +220,7 @@ class Model(ABC):
         Raises: UsageError for another shape or tokens outside the codebook.
         """
         tokens = self._check_tokens(tokens)
-        with torch.backends.cudnn.flags(allow_tf32=False):
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             return torch.cat([self.tokenizer.decode(chunk) for chunk in self._tokenizer_chunks(tokens)])
 
     @torch.inference_mode()

@@ -34,8 +34,9 @@ class Features:
     @classmethod
     def join(cls, parts: Sequence[Features]) -> Features:
         """The features of at least one part, one after the other."""
-        logits = [part.logits for part in parts]
-        return cls(np.concatenate([part.vectors for part in parts]), None if None in logits else np.concatenate(logits))
+        logits = [part.logits for part in parts if part.logits is not None]
+        vectors = np.concatenate([part.vectors for part in parts])
+        return cls(vectors, np.concatenate(logits) if len(logits) == len(parts) else None)
 
     def save(self, path: Path, header: Mapping[str, str]) -> None:
         """Write a safetensors file. Raises: UsageError where the place cannot be written."""

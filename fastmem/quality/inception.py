@@ -109,7 +109,7 @@ class InceptionFeatures:
     def __call__(self, pixels: np.ndarray) -> Features:
         """Features of RGB pictures, uint8 [N,S,S,3] -> float32 [N,2048] and logits [N,1008]."""
         vectors, logits = [np.empty((0, self.dimensions), np.float32)], [np.empty((0, 1008), np.float32)]
-        with torch.backends.cudnn.flags(allow_tf32=False):
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             for part in torch.from_numpy(pixels).permute(0, 3, 1, 2).split(self._batch):
                 found = self._network(part.to(self._device))
                 vectors.append(found[0].cpu().numpy())
