@@ -151,6 +151,10 @@ def test_attribution_reads_the_centre_views_of_the_named_images(toy_model, toy_s
     labels = torch.from_numpy(toy_source.labels[at])
     unseen = centre_tokens(toy_model, pixels), torch.from_numpy(heldout.labels)
     torch.testing.assert_close(found, attribution_from_tokens(toy_model, tokens, labels, *unseen), rtol=1e-4, atol=1e-8)
+    some = np.array([4, 1])
+    found = attribution(toy_model, toy_source, toy_source.ids[at], heldout, heldout_ids=heldout.ids[some])
+    unseen = centre_tokens(toy_model, pixels[some]), torch.from_numpy(heldout.labels[some])
+    torch.testing.assert_close(found, attribution_from_tokens(toy_model, tokens, labels, *unseen), rtol=1e-4, atol=1e-8)
 
 
 @pytest.mark.parametrize(("count", "most"), [(10, 3), (3, 10), (1000, 256), (7, 7), (0, 5), (2, 1)])
@@ -172,6 +176,8 @@ def test_what_attribution_refuses(toy_model, toy_source):
     ids, heldout = toy_source.ids[:2], ArraySource(random_images(2, 16), [0, 1])
     with pytest.raises(UsageError, match="ids of images in array of 23 images"):
         attribution(toy_model, toy_source, np.array([12345]), heldout)
+    with pytest.raises(UsageError, match="ids of images in array of 2 images"):
+        attribution(toy_model, toy_source, ids, heldout, heldout_ids=np.array([12345]))
     with pytest.raises(UsageError, match="images, in batches of at least 1, got 0"):
         attribution(toy_model, toy_source, ids[:0], heldout)
     with pytest.raises(UsageError, match="at least 1 held-out image, got 0"):

@@ -16,7 +16,7 @@ from fastmem.cli.mitigate import CHOICES, default_name, parse_share
 from fastmem.cli.opening import open_run
 from fastmem.data.manifest import Manifest
 from fastmem.demo.doses import IMAGES
-from fastmem.mitigation.attribution import candidate_half
+from fastmem.mitigation.attribution import candidate_half, halves
 from fastmem.mitigation.edited_checkpoint import save_checkpoint
 from fastmem.runs import RunFolder, RunInputs
 from fastmem.scoring.image_losses import ImageLosses
@@ -68,17 +68,17 @@ def test_attribution_is_chosen_on_the_half_that_the_file_names(capsys, folder, m
     scores = torch.randn(8, 768, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     given = []
 
-    def record(model, source, ids, heldout, *, batch_size):
-        given.append((source.description, ids.tolist(), heldout.description, batch_size))
+    def record(model, source, ids, heldout, *, heldout_ids, batch_size):
+        given.append((source.description, ids.tolist(), heldout.description, heldout_ids.tolist(), batch_size))
         return scores
 
     monkeypatch.setattr("fastmem.cli.mitigate.attribution", record)
     arguments = ("mitigate", "--run", folder, "--by", "attribution", "--seed", 3, "--scope", "per-layer")
     code, out, err = run(capsys, *arguments, "--batch-size", 20)
     assert code == 0, err
-    assert "41 candidates and 192 held-out images" in err
+    assert "41 candidates and 96 held-out images" in err
     assert "in 8 of 8 blocks" in out
-    assert "chosen on 41 candidates" in out
+    assert "chosen on 41 candidates against 96 held-out images" in out
     plan = EditPlan.load(folder / "edits" / "attribution-5pct-per-layer-x0.5-seed3.safetensors")
     manifest = Manifest.load(folder / "manifest-train.parquet")
     hits = ImageLosses.load(folder / "losses-train.safetensors", manifest.hash).hits
@@ -87,7 +87,12 @@ def test_attribution_is_chosen_on_the_half_that_the_file_names(capsys, folder, m
     assert len(np.unique(manifest.labels[np.isin(manifest.ids, ids)])) == len(ids) == 41
     assert plan.chosen_on.tolist() == ids.tolist()
     splits = [embedded_source(split).description for split in ("train", "heldout")]
-    assert given == [(splits[0], ids.tolist(), splits[1], 20)]
+    # half of the held-out images is left to report on
+    theirs = Manifest.load(folder / "manifest-heldout.parquet")
+    unseen = theirs.ids[halves(theirs.ids, theirs.labels, seed=3)]
+    assert plan.chosen_against.tolist() == unseen.tolist()
+    assert len(unseen) == 96
+    assert given == [(splits[0], ids.tolist(), splits[1], unseen.tolist(), 20)]
     chosen = select(UnitStats.load(folder / "train.safetensors"), 0.05, "scores", "per-layer", scores=scores)
     assert torch.equal(plan.layer, chosen.layer)
     assert torch.equal(plan.unit, chosen.unit)

@@ -197,7 +197,16 @@ def test_wrong_units_and_factors_are_refused_before_anything_changes(model, chos
 
 def make_plan(model: Model, **changes: object) -> EditPlan:
     factors = torch.tensor([0.5, 0.25, 0.1, 0.5, 3.0], dtype=torch.float64)
-    return replace(EditPlan.of(model, choose(*CHOSEN, seed=7), factors, torch.tensor([5, 2**62])), **changes)
+    seen = torch.tensor([5, 2**62]), torch.tensor([7])
+    return replace(EditPlan.of(model, choose(*CHOSEN, seed=7), factors, *seen), **changes)
+
+
+def test_an_edit_file_of_the_first_version_is_read(model, tmp_path):
+    plan = make_plan(model)
+    tensors = {name: tensor for name, tensor in plan.tensors().items() if name != "chosen_against"}
+    write_tensors(tmp_path / "edit.safetensors", tensors, SCHEMA, plan.header())
+    found = EditPlan.load(tmp_path / "edit.safetensors")
+    assert found.equals(replace(plan, chosen_against=torch.empty(0, dtype=torch.int64)))
 
 
 def test_a_saved_plan_says_the_same_and_does_what_scale_units_does(model, tmp_path):
@@ -206,7 +215,7 @@ def test_a_saved_plan_says_the_same_and_does_what_scale_units_does(model, tmp_pa
     found = EditPlan.load(tmp_path / "edit.safetensors")
     assert found.equals(plan)
     assert (found.by, found.fraction, found.seed, found.layers, found.units) == ("unitmem", 0.1, 7, 2, 24)
-    assert found.chosen_on.tolist() == [5, 2**62]
+    assert (found.chosen_on.tolist(), found.chosen_against.tolist()) == ([5, 2**62], [7])
     assert found.checkpoint == model.fingerprint()["checkpoint"]
     with scale_units(model, choose(*CHOSEN), plan.factor):
         expected = state_of(model)

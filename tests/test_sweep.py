@@ -10,10 +10,11 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 from PIL import Image
+from scipy.stats import ttest_1samp
 
 from fastmem import UsageError
 from fastmem.errors import InputFileError
-from fastmem.sweep.compare import equal_quality, holm, paired_bootstrap
+from fastmem.sweep.compare import Outcomes, equal_quality, equal_quality_bootstrap, holm, paired_bootstrap
 from fastmem.sweep.comparisons import EQUAL_QUALITY
 from fastmem.sweep.findings import Findings, find, write_table
 from fastmem.sweep.pareto import pareto_front
@@ -121,7 +122,10 @@ def test_the_default_plan_fits_the_declared_seeds():
         pytest.param({"by": ("unitmem", "luck")}, "expected selections out of unitmem", id="unknown selection"),
         pytest.param({"by": ("scores",)}, "got 'scores'", id="scores need an argument"),
         pytest.param({"fractions": (0.0,)}, "expected fractions", id="no units"),
-        pytest.param({"equal_quality": (1.5,)}, "expected fractions", id="more than all units"),
+        pytest.param({"fractions": (1.5,)}, "expected fractions", id="more than all units"),
+        pytest.param({"equal_quality": (0.03,)}, "equal quality at one of the fractions 1 %, 2 %", id="no such edits"),
+        pytest.param({"scope": "perlayer"}, "expected scope as one of global, per-layer", id="scope"),
+        pytest.param({"merge": "median"}, "expected merge as one of max", id="merge"),
         pytest.param({"factors": (1.0,)}, "expected factors", id="a factor that edits nothing"),
         pytest.param({"seeds": 0}, "at least 1 seed", id="no seeds"),
     ],
@@ -192,6 +196,8 @@ def test_findings_count_reported_targets_and_compare_with_means_over_seeds(tmp_p
     assert edit["extracted"] == round(40 * (1 - 4 * 2.0 * 0.05 * 0.5))
     rivals = {c.rival: c for c in found.comparisons if c.by == "unitmem" and c.fraction == 0.05}
     assert set(rivals) == {"random", "matched", EQUAL_QUALITY}
+    # matched units are matched with UnitMem's
+    assert {c.by for c in found.comparisons if c.rival == "matched"} == {"unitmem"}
     random = [counts["random", 0.05, 0.5, seed]["reported"] for seed in range(5)]
     assert rivals["random"].rival_extracted == pytest.approx(np.mean(random))
     assert rivals["random"].seeds == 5
@@ -252,6 +258,21 @@ def test_means_over_seeds_are_compared_as_they_are():
     classes = np.arange(6)
     found = paired_bootstrap(np.array([1, 1, 0, 0, 1, 0]), np.array([0.5, 1, 0.25, 0, 1, 0.25]), classes, rounds=200)
     assert found.value == pytest.approx(0.0)
+
+
+def test_seeds_are_drawn_anew_as_classes_are():
+    rng = np.random.default_rng(1)
+    classes = np.arange(50)
+    # seeds that differ by whole tens of targets, which their mean alone would hide
+    by_seed = rng.random((4, 50)) < np.array([0.2, 0.4, 0.6, 0.8])[:, None]
+    none = np.zeros(50)
+    found, as_exact = paired_bootstrap(by_seed, none, classes), paired_bootstrap(by_seed.mean(0), none, classes)
+    assert found.value == pytest.approx(by_seed.mean(0).sum())
+    assert found.value == pytest.approx(as_exact.value)
+    # the mean over 4 seeds has a quarter of their variance, which comes to the variance over classes
+    errors = [(d.high - d.low) / (2 * 1.96) for d in (found, as_exact)]
+    assert errors[0] ** 2 - errors[1] ** 2 == pytest.approx(by_seed.sum(1).var(ddof=1) / 4, rel=0.25)
+    assert paired_bootstrap(by_seed[:1], none, classes) == paired_bootstrap(by_seed[0], none, classes)
 
 
 @pytest.mark.parametrize(
@@ -315,6 +336,45 @@ def test_random_units_are_tuned_to_an_equal_cost(cost, costs, factor, extracted,
     assert found.cost == pytest.approx(min(max(cost, 0.0), max(costs) if not reached else cost if cost > 0 else 0.0))
 
 
+def outcomes(share: float, costs: list[float], targets: int = 60, rng_seed: int = 0) -> Outcomes:
+    """As many seeds as costs, each of which extracts the same share of the targets."""
+    rng = np.random.default_rng(rng_seed)
+    found = np.stack([rng.permutation(targets) < round(share * targets) for _ in costs])
+    return Outcomes(found, np.array(costs))
+
+
+def test_what_is_extracted_at_equal_quality_is_as_uncertain_as_the_cost():
+    classes, factors = np.arange(60), [1.0, 0.5, 0.0]
+    edit = outcomes(0.25, [0.2])
+    sure = [outcomes(1.0, [0.0] * 3), outcomes(0.5, [0.2] * 3, rng_seed=1), outcomes(0.0, [0.4] * 3)]
+    found = equal_quality_bootstrap(edit, factors, sure, classes)
+    # at the cost of the factor 0.5, where half of 60 are extracted for a quarter
+    assert found.value == pytest.approx(-15)
+    plain = paired_bootstrap(edit.extracted, sure[1].extracted, classes)
+    assert (found.low, found.high) == (pytest.approx(plain.low, abs=1), pytest.approx(plain.high, abs=1))
+    # where the unedited model's cost varies by 0.1 from seed to seed, so does that of an edit with one
+    unsure = [outcomes(1.0, [-0.1, 0.0, 0.1]), *sure[1:]]
+    wide = equal_quality_bootstrap(edit, factors, unsure, classes)
+    assert wide.value == found.value
+    # from all to none over costs of 0.4: 0.1 of cost are 15 targets
+    assert (wide.high - wide.low) / (2 * 1.96) == pytest.approx(15, rel=0.25)
+
+
+def test_the_interval_at_equal_quality_covers_no_difference_at_its_level():
+    inside, factors = [], [1.0, 0.5, 0.0]
+    for trial in range(60):
+        rng = np.random.default_rng(trial)
+
+        def noisy(share: float, cost: float, seeds: int, rng: np.random.Generator = rng) -> Outcomes:
+            return Outcomes(rng.random((seeds, 90)) < share, cost + 0.05 * rng.standard_normal(seeds))
+
+        # the edit is itself random units of the factor 0.5
+        grid = [noisy(1.0, 0.0, 20), noisy(0.5, 0.2, 10), noisy(0.0, 0.4, 10)]
+        found = equal_quality_bootstrap(noisy(0.5, 0.2, 3), factors, grid, np.arange(90) // 2, rounds=300, seed=trial)
+        inside.append(found.low <= 0 <= found.high)
+    assert np.mean(inside) > 0.85
+
+
 def test_factors_that_do_not_fall_from_one_are_refused():
     with pytest.raises(UsageError, match=r"factors that fall from 1, got factors \[0.5, 0.0\]"):
         equal_quality(0.1, [0.5, 0.0], [0.1, 0.2], FLAT[:2])
@@ -344,8 +404,8 @@ def test_the_search_finds_the_smallest_fraction_and_measures_only_its_quality(tm
     # targets fall by 4 x strength x fraction x 0.5: half of them are gone at 1/8 and 1/16
     assert [(r.row.by, r.row.fraction) for r in found] == [("attribution", 0.07), ("unitmem", 0.15)]
     assert found[0].cost == pytest.approx(0.5 * 0.07 * 0.5)
-    assert all(r.chosen_reduction >= 0.5 for r in found)
-    assert found[0].reduction == pytest.approx(1 - round(40 * (1 - 4 * 4 * 0.07 * 0.5)) / 40, abs=0.06)
+    assert all(r.reduction >= 0.5 for r in found)
+    assert found[0].seen_reduction == pytest.approx(1 - round(40 * (1 - 4 * 4 * 0.07 * 0.5)) / 40, abs=0.06)
     assert {row for row in bench.sampled if not row.seed} == {NO_EDIT, *(r.row for r in found)}
     # three seeds to search by and others to confirm by, of no edit and of two edits
     assert len(bench.sampled) == 3 * (3 + FRESH_SEEDS)
@@ -376,13 +436,12 @@ def test_the_cheapest_edits_are_stated_by_samples_that_they_were_not_chosen_by(t
     # 0.07 of the units at half the price, beside 0.15 of them
     assert cheap.confirmation.beside_plain.value == pytest.approx(2 * (0.5 * 0.07 - 0.15) * 0.5)
     assert cheap.confirmation.beside_half.value == pytest.approx(2 * (0.5 * 0.07 - 0.15 / 2) * 0.5)
-    stops_as_much = [r for r in found if r.row.by == "attribution" and r.reduction >= plain.reduction]
-    assert [r for r in found if beats(r, plain)] == stops_as_much
-    assert 0 < len(stops_as_much) < 3
-    assert beats(replace(cheap, reduction=plain.reduction), plain)
-    # an edit that stops less is no better for costing less
-    assert not beats(replace(cheap, reduction=plain.reduction - 0.1), plain)
-    assert not beats(replace(cheap, confirmation=None), plain)
+    assert {r.row.by for r in found if beats(r)} == {"attribution"}
+    assert beats(cheap)
+    assert not beats(plain)
+    # what is not sure after the correction is not said
+    assert not beats(replace(cheap, confirmation=replace(cheap.confirmation, holm=0.06)))
+    assert not beats(replace(cheap, confirmation=None))
     assert cheap.record()["confirmation"]["cost"]["value"] == cheap.confirmation.cost.value
 
 
@@ -395,6 +454,8 @@ def test_edits_beside_no_halving_by_unitmem_are_confirmed_alone(tmp_path):
 
 def test_an_estimate_has_the_interval_of_students_t():
     found = Estimate.of([1.0, 2.0, 3.0, 6.0])
+    assert found.p_value == pytest.approx(ttest_1samp([1.0, 2.0, 3.0, 6.0], 0.0).pvalue)
+    assert (Estimate.of([2.0, 2.0]).p_value, Estimate.of([0.0, 0.0]).p_value) == (0.0, 1.0)
     # 2.160 standard deviations of 4 values; 3.182 is the 97.5 % point of t with 3 degrees of freedom
     assert found.value == 3.0
     assert found.high - found.value == pytest.approx(3.182446 * 2.160247 / 2, rel=1e-6)

@@ -20,6 +20,7 @@ from fastmem.cli.opening import open_run
 from fastmem.data.manifest import Manifest
 from fastmem.demo.controls import dose_groups
 from fastmem.extraction.verdicts import SSCDJudge
+from fastmem.mitigation.edit_file import EditPlan
 from fastmem.runs import RunFolder, RunInputs
 from fastmem.sweep.plan import Row
 
@@ -110,14 +111,20 @@ def test_the_search_prints_what_reached_the_reduction(capsys, folder, monkeypatc
     document = json.loads(out)
     assert document["target_reduction"] == 0.3
     # random units are searched with one seed, and stated as a mean over three
-    assert all(r["chosen_reduction"] >= 0.3 for r in document["reached"] if r["by"] == "unitmem")
+    assert all(r["reduction"] >= 0.3 for r in document["reached"] if r["by"] == "unitmem")
     assert {r["by"] for r in document["reached"]} == {"unitmem", "random"}
     assert not any(r["beats_plain"] for r in document["reached"])
     assert all(r["confirmation"]["seeds"] == 2 for r in document["reached"])
-    assert len(document["rows"]) == 1 + 3 * len(document["reached"])
+    assert len(document["rows"]) == 3 + 3 * len(document["reached"])
+    # what was confirmed is an edit of the run
+    for found in document["reached"]:
+        with EditPlan.load(folder / "edits" / f"{found['edit']}.safetensors").apply(
+            open_run(str(folder)).model
+        ) as edit:
+            assert len(edit) == found["units"]
     code, out, _ = run(capsys, *arguments, "--resume")
     assert code == 0
-    assert "reduction, chosen half" in out
+    assert "of the half that attribution saw" in out
     assert "by fresh samples (95 %)" in out
     assert (folder / "sweep" / "search.json").exists()
 
@@ -156,6 +163,11 @@ def test_other_images_have_no_doses(folder):
         pytest.param(("--re-attack", "7%"), 2, "expected --re-attack as one of --fractions, got 7 %", id="re-attack"),
         pytest.param(("--judge", "eyes"), 2, "expected a judge out of", id="judge"),
         pytest.param(("--cost", "beauty", *SMALL), 2, "one of loss_heldout_tempered, loss_heldout,", id="cost"),
+        pytest.param(("--cost", "kd-sscd", *SMALL), 2, "one of loss_heldout_tempered, loss_heldout,", id="no samples"),
+        pytest.param(
+            ("--equal-quality", "3%"), 2, "expected equal quality at one of the fractions", id="equal quality"
+        ),
+        pytest.param(("--scope", "perlayer"), 2, "expected scope as one of", id="scope"),
         pytest.param(
             ("--target-reduction", "2", "--judge", "tokens"), 2, "expected a reduction above 0", id="reduction"
         ),

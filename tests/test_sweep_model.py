@@ -17,6 +17,7 @@ from fastmem.data.manifest import Manifest
 from fastmem.extraction.attack import attack
 from fastmem.extraction.candidates import find_targets
 from fastmem.extraction.verdicts import SSCDJudge, TokenMatch
+from fastmem.mitigation.edit_file import EditPlan
 from fastmem.mitigation.scaling import scale_units
 from fastmem.models.model import Model
 from fastmem.quality.features import SSCDFeatures
@@ -92,23 +93,58 @@ def test_a_row_scales_its_units_and_nothing_stays(model, sources, row):
     with bench.edited(row) as units:
         factors = scaled_by(model, before)
         edited = int((~torch.isclose(factors, torch.ones(()))).sum())
-        assert units == round(row.fraction * 48)
+        assert edited == units
         if row.rounds == 1 and not row.graded:
-            assert edited == units
+            assert units == round(row.fraction * 48)
             chosen = factors[factors != 1]
             torch.testing.assert_close(
                 chosen[~torch.isclose(chosen, torch.ones(()))], torch.full((edited,), row.factor)
             )
         if row.graded:
             # the lowest of the chosen keeps its weight, the highest loses it
-            assert edited == units - 1
+            assert edited == round(row.fraction * 48) - 1
             assert factors.min() == 0
         if row.rounds == 2:
-            assert units // 2 <= edited <= units
+            assert round(row.fraction * 48) // 2 <= edited <= round(row.fraction * 48)
             assert set(factors.flatten().mul(4).round().tolist()) <= {1.0, 2.0, 4.0}
         assert len(model.edits) == (0 if row == NO_EDIT else row.rounds)
     assert all(torch.equal(a, b) for a, b in zip(weights(model), before, strict=True))
     assert model.edits == []
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        pytest.param(Row("unitmem", 0.1, 0.5), id="unitmem"),
+        pytest.param(Row("random", 0.2, 0.0, seed=3), id="random zeroed"),
+        pytest.param(Row("attribution", 0.2, 0.5, rounds=2), id="attribution in two rounds"),
+        pytest.param(Row("within-class", 0.2, 0.0, graded=True), id="factors by score"),
+    ],
+)
+def test_a_row_can_be_kept_as_an_edit_that_makes_the_same_weights(model, sources, row, tmp_path):
+    bench = make_bench(model, sources).bench
+    with bench.edited(row) as units:
+        expected = weights(model)
+    plan = bench.plan(row)
+    assert model.edits == []
+    plan.save(tmp_path / "edit.safetensors")
+    read = EditPlan.load(tmp_path / "edit.safetensors")
+    assert (len(read), read.by, read.fraction, read.seed) == (units, row.by, row.fraction, row.seed)
+    with read.apply(model):
+        # factors of two rounds are one product here, rounded once
+        for found, true in zip(weights(model), expected, strict=True):
+            torch.testing.assert_close(found, true, rtol=1e-6, atol=0)
+    seen = row.by == "attribution"
+    assert read.chosen_on.tolist() == (bench.chooser.memorised.ids.tolist() if seen else [])
+    assert read.chosen_against.tolist() == (bench.chooser.unseen.ids.tolist() if seen else [])
+
+
+def test_sweeps_of_different_seeds_share_no_draw(model, sources):
+    first, second = (make_bench(model, sources, replace(SETTINGS, seed=seed)) for seed in (0, 1))
+    assert first.settings.seed_of(3) == 3
+    assert second.settings.seed_of(0) > 10_000
+    chosen = [made.bench.chooser.choose(Row("random", 0.2, 0.5, seed=1)) for made in (first, second)]
+    assert not torch.equal(chosen[0].unit, chosen[1].unit)
 
 
 def test_units_that_cannot_be_chosen_make_a_row_unavailable(model, sources):
@@ -133,7 +169,7 @@ def test_graded_factors_fall_with_the_score():
 def test_what_units_are_chosen_by_is_never_reported(model, sources, monkeypatch):
     seen = []
 
-    def record(model, tokens, labels, heldout_tokens, heldout_labels):
+    def record(model, tokens, labels, heldout_tokens, heldout_labels, batch_size):
         seen.append((tokens, heldout_tokens))
         return torch.rand(2, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
@@ -237,6 +273,13 @@ def test_who_knows_the_factor_finds_more_among_uneven_norms():
         assert len(keys(knowing) - truth) < 20
 
 
+def test_where_every_row_was_scaled_all_are_scaled_back():
+    with wide_rows(0.3) as model:
+        found = find_rows_scaled_by(model, 0.5, 1.0)
+        assert len(found) == 480
+        assert found.factor.unique().tolist() == [2.0]
+
+
 def test_rows_of_zeros_are_not_taken_for_rows_to_scale():
     with wide_rows(0.05) as model, scale_units(model, edit_of(24), 0.0):
         assert len(find_small_rows(model)) == len(find_rows_scaled_by(model, 0.5, 0.05)) == 0
@@ -302,13 +345,16 @@ def test_zeroed_rows_are_not_scaled_back(model, sources):
     assert attacker.attack_again(Row("random", 0.2, 0.0), made.bench).rescalings == ()
 
 
-def test_edits_are_attacked_once(model, sources, tmp_path, monkeypatch):
+def test_edits_are_attacked_once(model, sources, tmp_path):
     attacker, made = make_attacker(model, sources)
     rows = [Row("random", 0.1, 0.5), Row("lowest", 0.1, 0.5)]
-    first = attack_edits_again(attacker, rows[:1], made.bench, tmp_path)
-    both = attack_edits_again(attacker, rows, made.bench, tmp_path)
-    monkeypatch.setattr(attacker, "attack_again", None)
-    again = attack_edits_again(attacker, rows, made.bench, tmp_path)
+    advanced: list[int] = []
+    first = attack_edits_again(lambda: attacker, rows[:1], made.bench, tmp_path)
+    both = attack_edits_again(lambda: attacker, rows, made.bench, tmp_path, advanced.append)
+    # what is there needs no attacker
+    again = attack_edits_again(None, rows, made.bench, tmp_path)
+    assert sum(advanced) == 24
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted(f"{row.key}.json" for row in rows)
     assert first == again[:1]
     assert both == again
     assert ReAttack.of(again[1].record()) == again[1]
@@ -317,7 +363,16 @@ def test_edits_are_attacked_once(model, sources, tmp_path, monkeypatch):
 def test_an_edit_that_cannot_be_made_is_not_attacked_again(model, sources, tmp_path):
     attacker, made = make_attacker(model, sources)
     rows = [Row("matched", 0.9, 0.5), Row("random", 0.1, 0.5)]
-    assert [found.row for found in attack_edits_again(attacker, rows, made.bench, tmp_path)] == rows[1:]
+    assert [found.row for found in attack_edits_again(lambda: attacker, rows, made.bench, tmp_path)] == rows[1:]
+
+
+def test_a_pass_for_other_candidates_is_not_repeated(model, sources, tmp_path, monkeypatch):
+    attacker, made = make_attacker(model, sources)
+    row, state = Row("random", 0.2, 0.5), tmp_path / "candidates.safetensors"
+    first = attacker.attack_again(row, made.bench, state)
+    assert state.exists()
+    monkeypatch.setattr("fastmem.sweep.reattack.collect_losses", None)
+    assert attacker.attack_again(row, made.bench, state) == first
 
 
 def test_other_prefixes_are_shorter_and_longer_ones_that_the_model_allows(small_model, small_var):

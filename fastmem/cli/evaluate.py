@@ -10,7 +10,7 @@ from typing import Any
 import click
 import numpy as np
 
-from fastmem.cli.opening import OpenedRun, open_run, run_options
+from fastmem.cli.opening import CAUTION, OpenedRun, open_run, run_options
 from fastmem.cli.options import JSON, print_json, say
 from fastmem.cli.progress import duration, image_progress, size
 from fastmem.cli.quality_inputs import choose_extractors, find_references
@@ -45,7 +45,7 @@ COPYING = (
 @click.option("--trust-sscd", is_flag=True, help="Load a TorchScript file of unknown SHA-256, which can run any code.")
 @click.option("--loss-images", type=click.IntRange(1), default=MOST_IMAGES, show_default=True, help="Of each set.")
 @click.option("--png", is_flag=True, help="Write every sample as a PNG file, too.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the samples.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the samples.")
 @click.option("--batch-size", type=click.IntRange(1), default=BATCH, show_default=True, help="Samples of a batch.")
 @click.option("--workers", type=click.IntRange(0), help="Processes that decode images.  [default: by cores]")
 @click.option("--resume", is_flag=True, help="Go on from samples that are there.")
@@ -155,6 +155,7 @@ def find_document(
         "features": [e.name for e in extractors],
         "reference": "; ".join(dict.fromkeys(r.description for r in references)) or None,
         "notes": list(found.notes),
+        **({} if opened.edit is None else {"caution": CAUTION}),
         "loss_images": {name: images.count for name, images in losses.items()},
         "settings": asked,
         "seconds": found.seconds,
@@ -181,10 +182,12 @@ def read_losses(opened: OpenedRun, most: int, workers: int | None) -> dict[str, 
 
 
 def loss_groups(opened: OpenedRun) -> dict[str, np.ndarray]:
-    """Image ids by group: the doses of the embedded images, and the training images that an edit was not chosen on."""
-    manifest, groups = opened.manifests["train"], image_doses(opened)
-    if len(opened.chosen_on):
-        groups["train-not-chosen-on"] = manifest.ids[~np.isin(manifest.ids, opened.chosen_on)]
+    """Image ids by group: the doses of the embedded images, and the images of either set that an edit has not seen."""
+    groups = image_doses(opened)
+    for split, seen in (("train", opened.chosen_on), ("heldout", opened.chosen_against)):
+        if len(seen):
+            ids = opened.manifests[split].ids
+            groups[f"{split}-not-chosen-on"] = ids[~np.isin(ids, seen)]
     return groups
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import click
 import numpy as np
 
-from fastmem.cli.opening import OpenedRun, open_run, run_options
+from fastmem.cli.opening import CAUTION, OpenedRun, open_run, run_options
 from fastmem.cli.options import JSON, print_json, say
 from fastmem.cli.progress import image_progress
 from fastmem.data.manifest import Manifest
@@ -264,6 +264,8 @@ def finish(opened: OpenedRun, found: Extraction, folder: Path, settings: dict[st
     associations = find_associations(found, opened.stats(), heldout)
     document = {"run": str(opened.folder.path), "edit": opened.edit, **describe(found, associations)}
     document["settings"] = settings
+    if opened.edit is not None:
+        document["caution"] = CAUTION
     table, grid, histogram = (folder / f for f in ("verdicts.parquet", "extracted.png", "similarities.png"))
     title = opened.model.name + (f", edit {opened.edit}" if opened.edit else "")
     write_verdicts(table, found, opened.manifests)

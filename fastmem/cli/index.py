@@ -33,7 +33,9 @@ from fastmem.extraction.store import EXACT
 @click.option("--device", default="auto", show_default=True, help="Of the TorchScript model: auto, cpu or cuda:N.")
 @click.option("--batch-size", type=click.IntRange(1), help="Images of one pass.  [default: 16, on a GPU 128]")
 @click.option("--workers", type=click.IntRange(0), help="Processes that decode images.  [default: by cores]")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the images that recall is measured on.")
+@click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the images that recall is measured on."
+)
 @JSON
 def command(
     data: str | None,

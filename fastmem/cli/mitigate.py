@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastmem.cli.extract import candidate_scores
-from fastmem.cli.opening import OpenedRun, open_run, run_options
+from fastmem.cli.opening import CAUTION, OpenedRun, open_run, run_options
 from fastmem.cli.options import JSON, print_json, say
 from fastmem.errors import UsageError
 from fastmem.mitigation.attribution import (
@@ -19,7 +19,9 @@ from fastmem.mitigation.attribution import (
     HELDOUT_IMAGES,
     attribution,
     candidate_half,
+    halves,
     select_by_attribution,
+    spread,
 )
 from fastmem.mitigation.edit_file import EditPlan, edit_path
 from fastmem.mitigation.edited_checkpoint import check_checkpoint_path, save_checkpoint
@@ -27,10 +29,6 @@ from fastmem.scoring.selection import SELECTIONS, Selection, select
 
 ATTRIBUTION = "attribution"
 CHOICES = (*(by for by in SELECTIONS if by != "scores"), ATTRIBUTION)
-CAUTION = (
-    "weakened rows protect a model that others only sample from, not released weights: whoever holds the weights can "
-    "look for rows of unusual norm and rescale them"
-)
 
 
 @click.command("mitigate")
@@ -40,7 +38,9 @@ CAUTION = (
 @click.option("--scope", default="global", show_default=True, help="global, or per-layer: every block alike.")
 @click.option("--merge", default="max", show_default=True, help="A unit's score over segments: max, mean or sum.")
 @click.option("--factor", type=float, default=0.5, show_default=True, help="What the fc1 rows are multiplied by.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of random, matched, and attribution's halves.")
+@click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of random, matched, and attribution's halves."
+)
 @click.option("--batch-size", type=click.IntRange(1), help=f"Images of a backward pass.  [default: {BATCH_IMAGES}]")
 @click.option("--name", help="Name of the edit in the run.  [default: after selection, share and factor]")
 @click.option("--save-checkpoint", metavar="FILE", help="Write the edited weights: .safetensors, .bin or .pth.")
@@ -70,8 +70,8 @@ def command(
     What is written is a small file in the run's edits folder; --edit NAME of the other commands scales the units when
     the model is loaded. With --save-checkpoint the edited weights are written too, in the official format.
 
-    By attribution, units are chosen on one half of the extraction candidates, and the file keeps which: report on the
-    other half.
+    By attribution, units are chosen on one half of the extraction candidates and of the held-out images, and the file
+    keeps which: report on the other halves.
     """
     fraction = parse_share(top)
     if by not in CHOICES:
@@ -95,12 +95,12 @@ def command(
     )
     path = edit_path(opened.folder, name or default_name(by, fraction, scope, merge, factor, seed))
     if by == ATTRIBUTION:
-        selection, chosen_on = choose_by_attribution(opened, fraction, scope, seed, batch_size or BATCH_IMAGES)
+        selection, *chosen = choose_by_attribution(opened, fraction, scope, seed, batch_size or BATCH_IMAGES)
     else:
         heldout_stats = opened.stats("heldout") if by == "gap" and "heldout" in opened.manifests else None
         selection = select(opened.stats(), fraction, by, scope, merge, seed, heldout=heldout_stats)
-        chosen_on = None
-    plan = EditPlan.of(opened.model, selection, factor, chosen_on)
+        chosen = []
+    plan = EditPlan.of(opened.model, selection, factor, *chosen)
     keep(plan, path)
     if target is not None:
         write_checkpoint(opened, plan, target)
@@ -133,8 +133,8 @@ def default_name(by: str, fraction: float, scope: str, merge: str, factor: float
 
 def choose_by_attribution(
     opened: OpenedRun, fraction: float, scope: str, seed: int, batch_size: int
-) -> tuple[Selection, Tensor]:
-    """The units of the highest attribution, and the ids of the candidates that it was found with.
+) -> tuple[Selection, Tensor, Tensor]:
+    """The units of the highest attribution, and the ids of the candidates and of the held-out images it was found with.
 
     Raises: UsageError for a run without held-out images.
     """
@@ -144,10 +144,20 @@ def choose_by_attribution(
         )
     hits = candidate_scores(opened, None)["train"]
     ids = candidate_half(opened.manifests["train"], hits, seed)
-    unseen = min(HELDOUT_IMAGES, len(opened.sources["heldout"]))
-    say(f"attribution from one backward pass over {len(ids):,} candidates and {unseen:,} held-out images")
-    scores = attribution(opened.model, opened.sources["train"], ids, opened.sources["heldout"], batch_size=batch_size)
-    return select_by_attribution(opened.stats(), scores, fraction, scope, seed), torch.from_numpy(ids)
+    theirs = opened.manifests["heldout"]
+    unseen = theirs.ids[halves(theirs.ids, theirs.labels, seed)]
+    unseen = unseen[spread(len(unseen), HELDOUT_IMAGES)]
+    say(f"attribution from one backward pass over {len(ids):,} candidates and {len(unseen):,} held-out images")
+    scores = attribution(
+        opened.model,
+        opened.sources["train"],
+        ids,
+        opened.sources["heldout"],
+        heldout_ids=unseen,
+        batch_size=batch_size,
+    )
+    selection = select_by_attribution(opened.stats(), scores, fraction, scope, seed)
+    return selection, torch.from_numpy(ids), torch.from_numpy(unseen)
 
 
 def keep(plan: EditPlan, path: Path) -> None:
@@ -182,8 +192,10 @@ def describe(opened: OpenedRun, plan: EditPlan, path: Path, checkpoint: Path | N
         "layers_edited": sum(count > 0 for count in per_layer),
         "units_per_layer": per_layer,
         "chosen_on": len(plan.chosen_on),
+        "chosen_against": len(plan.chosen_against),
         "file": str(path),
         "checkpoint": None if checkpoint is None else str(checkpoint),
+        "caution": CAUTION,
     }
 
 
@@ -196,7 +208,10 @@ def print_edit(document: dict[str, Any]) -> None:
     )
     click.echo("units by block: " + " ".join(map(str, document["units_per_layer"])))
     if document["chosen_on"]:
-        click.echo(f"chosen on {document['chosen_on']:,} candidates, which the file names: report on the others")
+        click.echo(
+            f"chosen on {document['chosen_on']:,} candidates against {document['chosen_against']:,} held-out images, "
+            "which the file names: report on the others"
+        )
     click.echo(f"edit {document['edit']}: {document['file']}")
     if document["checkpoint"]:
         click.echo(document["checkpoint"])

@@ -24,6 +24,12 @@ from fastmem.runs import RUN_SCHEMA, RunFolder, RunInputs
 from fastmem.scoring.image_losses import ImageLosses
 from fastmem.stats import UnitStats
 
+# true of every edit, and said wherever a result of one is shown
+CAUTION = (
+    "weakened rows protect a model that others only sample from, not released weights: whoever holds the weights can "
+    "look for rows of unusual norm and rescale them"
+)
+
 _RUN_OPTIONS: tuple[Callable[[Command], Command], ...] = (
     click.option("--run", required=True, metavar="RUN", help="Folder of a scored run."),
     click.option("--data", metavar="PATH", help="Training images, where they have moved since they were scored."),
@@ -46,8 +52,8 @@ class OpenedRun:
     """A scored run with everything that made it.
 
     model: edited where an edit was named; unedited: SHA-256 of its weights before that; chosen_on: ids of the images
-    that the edit was chosen on, on which it is not judged, int64 [M]; sources, manifests: by set, "train" and, where
-    there is one, "heldout".
+    that the edit was chosen on, on which it is not judged, int64 [M]; chosen_against: held-out ones alike; sources,
+    manifests: by set, "train" and, where there is one, "heldout".
     """
 
     folder: RunFolder
@@ -56,6 +62,7 @@ class OpenedRun:
     unedited: dict[str, str]
     edit: str | None
     chosen_on: np.ndarray
+    chosen_against: np.ndarray
     sources: dict[str, ImageSource]
     manifests: dict[str, Manifest]
 
@@ -105,12 +112,13 @@ def open_run(
     _check_weights(run, identity, model, unedited)
     sources = open_sources(before.model, data or before.data, heldout or before.heldout, classes or before.classes)
     manifests = {split: Manifest.load(folder.manifest_file(split), sources[split]) for split in splits}
-    chosen_on = np.empty(0, np.int64)
+    chosen_on = chosen_against = np.empty(0, np.int64)
     if edit is not None:
         plan = load_edit(folder, edit)
         plan.apply(model)
-        chosen_on = plan.chosen_on.numpy()
-    return OpenedRun(folder, identity, model, unedited, edit, chosen_on, sources, manifests)
+        chosen_on, chosen_against = plan.chosen_on.numpy(), plan.chosen_against.numpy()
+        say(CAUTION)
+    return OpenedRun(folder, identity, model, unedited, edit, chosen_on, chosen_against, sources, manifests)
 
 
 def _check_weights(run: str, identity: dict[str, Any], model: Model, found: dict[str, str]) -> None:

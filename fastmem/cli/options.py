@@ -24,7 +24,9 @@ _RUNNING = (
     click.option("--backend", default="auto", show_default=True, help="auto, torch, cpp or triton."),
     click.option("--batch-size", type=click.IntRange(1), help="Views of one forward pass.  [default: 80]"),
     click.option("--segments", metavar="A,B", help="Positions to score, by name; default: the model's own."),
-    click.option("--seed", type=int, default=0, show_default=True, help="Of folds and of images taken per class."),
+    click.option(
+        "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of folds and of images taken per class."
+    ),
     click.option("--no-class-check", is_flag=True, help="Do not check that the class order fits the checkpoint."),
 )
 

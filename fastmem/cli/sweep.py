@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,8 @@ import click
 
 from fastmem.cli.evaluate import image_doses
 from fastmem.cli.extract import candidate_scores, choose_judge
-from fastmem.cli.mitigate import CAUTION, parse_share
-from fastmem.cli.opening import OpenedRun, open_run, run_options
+from fastmem.cli.mitigate import default_name, keep, parse_share
+from fastmem.cli.opening import CAUTION, OpenedRun, open_run, run_options
 from fastmem.cli.options import JSON, print_json, say
 from fastmem.cli.progress import duration, image_progress
 from fastmem.cli.sweep_output import print_document
@@ -21,15 +22,26 @@ from fastmem.extraction.candidates import TOP_PER_CLASS
 from fastmem.extraction.embedding import PUBLISHED_SIZE
 from fastmem.extraction.verdicts import Judge, SSCDJudge
 from fastmem.files import write_json
+from fastmem.mitigation.edit_file import edit_path
 from fastmem.models.registry import home
 from fastmem.quality.features import SSCDFeatures
+from fastmem.quality.samples import BATCH
 from fastmem.runs import RunFolder
-from fastmem.sweep.findings import COSTS, find, write_table
+from fastmem.sweep.findings import COSTS, SAMPLED_COST, find, write_table
 from fastmem.sweep.plan import ATTRIBUTION, NO_EDIT, SELECTED, Row, SweepSettings, percent, plan_hash, plan_rows
 from fastmem.sweep.plot import draw_sweep
 from fastmem.sweep.prepare import BenchSettings, Prepared, prepare
 from fastmem.sweep.reattack import Attacker, ReAttack, attack_edits_again
-from fastmem.sweep.search import CONFIRMED, beats, most_work, plain_halving, recipes, search
+from fastmem.sweep.search import (
+    CONFIRMED,
+    beats,
+    check_reduction,
+    most_work,
+    plain_halving,
+    recipes,
+    search,
+    unedited_rows,
+)
 from fastmem.sweep.table import SweepPlan, SweepReporter, Table, measure_rows
 
 SCHEMA = "fastmem.sweep/1"
@@ -50,7 +62,7 @@ PLAN_OPTIONS = ("fractions", "factors", "scope", "merge", "seeds", "declared_see
 @click.option("--equal-quality", metavar="SHARES", help="Random at equal quality there.  [default: the declared one]")
 @click.option("--re-attack", metavar="SHARE", help="Attack the edits of this share again, by other ways.")
 @click.option("--target-reduction", type=float, metavar="R", help="Search the best edit that leaves 1-R extracted.")
-@click.option("--samples", type=click.IntRange(2), help="Of which quality is measured.  [default: 4 of every class]")
+@click.option("--samples", type=click.IntRange(3), help="Of which quality is measured.  [default: 4 of every class]")
 @click.option("--all-prefixes", is_flag=True, help="Attack with the model's whole ladder, not the longest alone.")
 @click.option("--top-per-class", type=click.IntRange(1), default=TOP_PER_CLASS, show_default=True, help="Targets.")
 @click.option("--judge", default="auto", show_default=True, help="sscd, tokens (without an embedder), or auto.")
@@ -59,7 +71,10 @@ PLAN_OPTIONS = ("fractions", "factors", "scope", "merge", "seeds", "declared_see
 @click.option("--trust-sscd", is_flag=True, help="Load a TorchScript file of unknown SHA-256, which can run any code.")
 @click.option("--size", "side", type=int, default=PUBLISHED_SIZE, show_default=True, help="Side of a picture; or 288.")
 @click.option("--cost", metavar="METRIC", help="Whose rise is the loss of quality.  [default: kd-sscd, else by losses]")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of samples, and of the halves of targets.")
+@click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of samples, and of the halves of targets."
+)
+@click.option("--batch-size", type=click.IntRange(1), default=BATCH, show_default=True, help="Samples of a batch.")
 @click.option("--out", metavar="FOLDER", help="Where the table is kept.  [default: RUN/sweep]")
 @click.option("--resume", is_flag=True, help="Go on with a table, which may have other rows before.")
 @JSON
@@ -94,6 +109,7 @@ def command(
     side: int,
     cost: str | None,
     seed: int,
+    batch_size: int,
     out: str | None,
     resume: bool,
     as_json: bool,
@@ -106,6 +122,7 @@ def command(
     """
     if target_reduction is not None:
         refuse_plan_options(ctx)
+        check_reduction(target_reduction)
     opened = open_run(
         run,
         data=data,
@@ -137,19 +154,25 @@ def command(
         halved=ATTRIBUTION in settings.by or target_reduction is not None,
         top_per_class=top_per_class,
         seed=seed,
+        batch_size=batch_size,
     )
+    metrics = COSTS if isinstance(chosen, SSCDJudge) else tuple(name for name in COSTS if name != SAMPLED_COST)
+    if cost is not None and cost not in metrics:
+        raise UsageError(f"expected --cost as one of {', '.join(metrics)}, got {cost!r}")
     folder = RunFolder(Path(out) if out is not None else opened.folder.path / "sweep")
     identity = identify(opened, bench, chosen)
     if not folder.check(identity, resume):
         folder.start(identity)
+    say("tokenizing targets and held-out images, and measuring the model without an edit")
     prepared = prepare_bench(opened, bench, chosen)
     table = Table(folder.path / "rows", prepared.bench)
     metric = choose_cost(cost, table)
     if target_reduction is None:
         document = run_plan(opened, folder, table, prepared, plan_rows(settings), metric)
     else:
-        document = run_search(table, prepared, target_reduction, metric, settings.by)
+        document = run_search(opened, table, prepared, target_reduction, metric, settings.by)
     document = {"run": str(opened.folder.path), "judge": chosen.name, "threshold": chosen.threshold} | document
+    document["caution"] = CAUTION
     document["re_attacks"] = [found.record() for found in run_again(opened, folder, prepared, again)]
     name = "sweep" if target_reduction is None else "search"
     write_json(folder.path / f"{name}.json", {"schema": SCHEMA} | document)
@@ -205,6 +228,10 @@ def identify(opened: OpenedRun, bench: BenchSettings, judge: Judge) -> dict[str,
         "dtype": str(opened.model.dtype).removeprefix("torch."),
         "device": opened.model.device.type,
         "manifests": {split: manifest.hash for split, manifest in opened.manifests.items()},
+        "statistics": {
+            split: hashlib.sha256(opened.folder.stats_file(split).read_bytes()).hexdigest()
+            for split in opened.manifests
+        },
         "judge": judge.name,
         "threshold": judge.threshold,
         # as a file has it: lists for tuples
@@ -232,10 +259,10 @@ def prepare_bench(opened: OpenedRun, settings: BenchSettings, judge: Judge) -> P
 
 
 def choose_cost(named: str | None, table: Table) -> str:
-    """The metric whose rise is the loss of quality. Raises: UsageError for one that is not measured or may fall."""
+    """The metric whose rise is the loss of quality. Raises: UsageError for one that there are too few images for."""
     known = [name for name in COSTS if name in table.measure(NO_EDIT).metrics]
     if named is not None and named not in known:
-        raise UsageError(f"expected --cost as one of {', '.join(known)}, got {named!r}")
+        raise UsageError(f"expected --cost as one of {', '.join(known)}, which were measured, got {named!r}")
     return named or known[0]
 
 
@@ -273,8 +300,11 @@ def title(opened: OpenedRun, prepared: Prepared) -> str:
     return f"{opened.model.name}: targets extracted from {bench.prefixes[-1]} tokens, judged by {bench.judge.name}"
 
 
-def run_search(table: Table, prepared: Prepared, reduction: float, cost: str, by: Sequence[str]) -> dict[str, Any]:
-    """Search the recipes of the selections ``by``; returns the document, cheapest edit first."""
+def run_search(
+    opened: OpenedRun, table: Table, prepared: Prepared, reduction: float, cost: str, by: Sequence[str]
+) -> dict[str, Any]:
+    """Search the recipes of the selections ``by``, and keep the confirmed ones as edits of the run; returns the
+    document, cheapest edit first."""
     rows = recipes(by)
     attacks, qualities = most_work(rows)
     # either takes less than the first row, which is both
@@ -286,31 +316,49 @@ def run_search(table: Table, prepared: Prepared, reduction: float, cost: str, by
     with image_progress("steps") as (start, advance):
         start(len(rows) + CONFIRMED)
         reached = search(table, prepared.counted, reduction, cost, rows, advance)
-    found = find([table.measure(NO_EDIT), *(m for r in reached for m in r.measured)], prepared.counted, cost)
+    found = find([*unedited_rows(table), *(m for r in reached for m in r.measured)], prepared.counted, cost)
     plain = plain_halving(reached)
+    edits = {r.row: keep_edit(opened, prepared, r.row) for r in reached if r.confirmation is not None}
     # recipes differ in more than the selection, so that the comparisons of a plan say nothing of them
     return found.document() | {
         "comparisons": [],
         "target_reduction": reduction,
-        "reached": [r.record() | {"beats_plain": plain is not None and beats(r, plain)} for r in reached],
+        "reached": [r.record() | {"beats_plain": beats(r), "edit": edits.get(r.row)} for r in reached],
         "plain_halving": None if plain is None else plain.record(),
     }
+
+
+def keep_edit(opened: OpenedRun, prepared: Prepared, row: Row) -> str:
+    """Write a row's edit into the run's edits folder, for --edit of the other commands; returns its name."""
+    name = default_name(row.by, row.fraction, row.scope, row.merge, row.factor, row.seed)
+    name = "-".join(["search", name, *["graded"] * row.graded, *[f"{row.rounds}rounds"] * (row.rounds > 1)])
+    # halves, draws and statistics are the sweep's: another one's edit of the same recipe is another edit
+    plan = prepared.bench.plan(row)
+    digest = hashlib.sha256(plan.unit.numpy().tobytes() + plan.factor.numpy().tobytes()).hexdigest()[:8]
+    keep(plan, edit_path(opened.folder, f"{name}-{digest}"))
+    return f"{name}-{digest}"
 
 
 def run_again(opened: OpenedRun, folder: RunFolder, prepared: Prepared, rows: Sequence[Row]) -> list[ReAttack]:
     """Attack edits again, on the targets that are reported; none where there are no rows."""
     if not rows:
         return []
-    say(f"attacking {len(rows)} edits again")
+    images = len(opened.manifests["train"])
+    say(f"attacking {len(rows)} edits again, each with a pass over {images:,} images for the edited model's candidates")
     reported = prepared.counted.reported
-    attacker = Attacker(
-        opened.model,
-        opened.sources["train"],
-        opened.manifests["train"],
-        prepared.bench.judge,
-        prepared.targets.take(reported),
-        prepared.targets.ids[~reported],
-        prepared.bench.prefixes[-1],
-        TokenCache.open(AUTO, opened.model),
-    )
-    return attack_edits_again(attacker, rows, prepared.bench, folder.path / "re-attacks")
+
+    def make_attacker() -> Attacker:
+        return Attacker(
+            opened.model,
+            opened.sources["train"],
+            opened.manifests["train"],
+            prepared.bench.judge,
+            prepared.targets.take(reported),
+            prepared.targets.ids[~reported],
+            prepared.bench.prefixes[-1],
+            TokenCache.open(AUTO, opened.model),
+        )
+
+    with image_progress() as (start, advance):
+        start(len(rows) * images)
+        return attack_edits_again(make_attacker, rows, prepared.bench, folder.path / "re-attacks", advance)

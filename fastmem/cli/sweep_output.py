@@ -34,6 +34,9 @@ def print_document(document: dict[str, Any]) -> None:
             click.echo(f"\n{len(document['comparisons']) - len(shown)} more comparisons are in sweep.json")
     for found in document["re_attacks"]:
         click.echo("\n" + attack_table(found))
+    kept = [r["edit"] for r in document.get("reached", ()) if r["edit"]]
+    if kept:
+        click.echo("\nedits of the run, for --edit:\n" + "\n".join(kept))
     for path in (*document.get("tables", ()), *document.get("pictures", ())):
         click.echo(path)
 
@@ -99,8 +102,8 @@ def search_table(document: dict[str, Any]) -> str:
         (
             row_of(r).title,
             str(r["units"]),
-            f"{r['chosen_reduction']:.0%}",
             f"{r['reduction']:.0%}",
+            f"{r['seen_reduction']:.0%}",
             f"{r['cost']:+.4f}",
             "" if r["confirmation"] is None else interval_text(r["confirmation"]["cost"]),
             f"{r['metrics'][TEMPERED]:.3f}",
@@ -108,7 +111,7 @@ def search_table(document: dict[str, Any]) -> str:
         for r in document["reached"]
     ]
     rise = f"rise of {document['cost']}"
-    head = ("edit", "units", "reduction, chosen half", "other half", rise, "by fresh samples (95 %)", TEMPERED)
+    head = ("edit", "units", "reduction", "of the half that attribution saw", rise, "by fresh samples (95 %)", TEMPERED)
     return markdown_table(head, body)
 
 
@@ -127,16 +130,16 @@ def search_sentence(document: dict[str, Any]) -> str:
         f"halving by UnitMem takes {percent(plain['fraction'])} of all units and costs "
         f"{interval_text(plain['confirmation']['cost'])} of {document['cost']}"
     )
-    beating = [row for row in reached if row["beats_plain"]]
+    beating = [r for r in reached if r["beats_plain"]]
     if not beating:
-        return f"{start}; nothing that was searched stops as much and surely costs less"
-    best = min(beating, key=lambda row: row["confirmation"]["cost"]["value"])
+        return f"{start}; nothing that was searched surely costs less"
+    best = min(beating, key=lambda r: r["confirmation"]["cost"]["value"])
     halved = best["confirmation"]["beside_half"]
     verdict = (
         "surely at most half" if halved["high"] <= 0 else "surely more than half" if halved["low"] > 0 else "about half"
     )
     return (
-        f"{start}; {len(beating)} edits stop as much and surely cost less, the cheapest "
+        f"{start}; {len(beating)} edits surely cost less, the cheapest "
         f"{interval_text(best['confirmation']['cost'])}, {verdict}: {row_of(best).title}"
     )
 

@@ -82,9 +82,10 @@ def find_targets(
     scores: np.ndarray,
     positions: np.ndarray,
     workers: int | None = None,
+    with_pictures: bool = True,
 ) -> tuple[Targets, Tensor]:
     """The images at ``positions`` of a manifest with the tokens of their centre views, and float32 pictures of these
-    views [N,3,S,S] in [0,1].
+    views [N,3,S,S] in [0,1]; [0,3,S,S] where they are not asked for, which thousands of large ones should not be.
 
     Images that cannot be read are left out. Raises: as ``load_views``.
     """
@@ -95,7 +96,7 @@ def find_targets(
             images = to_unit_range(batch.views[:, 0])
             kept.append(batch.positions)
             tokens.append(model.tokenize(images).cpu())
-            pictures.append(images)
+            pictures += [images] * with_pictures
     at = np.concatenate([np.empty(0, np.int64), *kept])
     size = model.image_size
     targets = Targets(

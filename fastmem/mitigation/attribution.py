@@ -39,14 +39,16 @@ def attribution(
     ids: np.ndarray,
     heldout: ImageSource,
     *,
+    heldout_ids: np.ndarray | None = None,
     heldout_images: int = HELDOUT_IMAGES,
     batch_size: int = BATCH_IMAGES,
     workers: int | None = None,
 ) -> Tensor:
     """How much memorised images would lose, beyond images never seen, by weakening each unit: float64 [layers, units].
 
-    ids: int64 [m], the memorised images in ``source``; heldout: images that were not trained on, of which at most
-    ``heldout_images`` are taken, evenly over the classes; batch_size: images of one backward pass, which bounds memory.
+    ids: int64 [m], the memorised images in ``source``; heldout: images that were not trained on; of them, or of those
+    among ``heldout_ids``, int64 [k], at most ``heldout_images`` are taken, evenly over the classes; batch_size: images
+    of one backward pass, which bounds memory.
 
     Raises: UsageError for ids that the source lacks, no ids, or a number below 1; InputFileError where no image of a
     set can be read.
@@ -55,15 +57,19 @@ def attribution(
         raise UsageError(f"expected at least 1 held-out image, got {heldout_images}: raise it")
     mine, theirs = Manifest.build(source), Manifest.build(heldout)
     source.index_of(np.asarray(ids, dtype=np.int64))
+    allowed = np.arange(len(theirs))
+    if heldout_ids is not None:
+        heldout.index_of(np.asarray(heldout_ids, dtype=np.int64))
+        allowed = np.flatnonzero(np.isin(theirs.ids, heldout_ids))
     memorised = _read_tokens(model, source, mine, np.flatnonzero(np.isin(mine.ids, ids)), workers)
-    unseen = _read_tokens(model, heldout, theirs, spread(len(theirs), heldout_images), workers)
+    unseen = _read_tokens(model, heldout, theirs, allowed[spread(len(allowed), heldout_images)], workers)
     return attribution_from_tokens(model, *memorised, *unseen, batch_size=batch_size)
 
 
 def _read_tokens(
     model: Model, source: ImageSource, manifest: Manifest, positions: np.ndarray, workers: int | None
 ) -> tuple[Tensor, Tensor]:
-    found, _ = find_targets(model, source, manifest, np.zeros(len(manifest)), positions, workers)
+    found, _ = find_targets(model, source, manifest, np.zeros(len(manifest)), positions, workers, with_pictures=False)
     if len(positions) and not len(found):
         raise InputFileError(
             f"expected images that can be read in {source.description}, got {len(positions)} that cannot: copy them "

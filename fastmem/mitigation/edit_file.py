@@ -32,6 +32,7 @@ HEADER = {
     "merge": str,
     "seed": int,
 }
+TENSORS = ("layer", "unit", "factor", "chosen_on", "chosen_against")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -45,8 +46,9 @@ class EditPlan:
 
     layer, unit: int64 [n]; factor: float64 [n]; model, checkpoint, dtype: name, SHA-256 and floating type of the
     unedited generator; layers, units: its blocks, and fc1 outputs of each; by, fraction, scope, merge, seed: how the
-    units were selected; chosen_on: int64 [m], ids of the images that the choice has seen as memorised (by attribution;
-    else empty), on which no result of the edit should be reported.
+    units were selected; chosen_on: int64 [m], ids of the training images that the choice has seen as memorised, and
+    chosen_against: int64 [k], ids of the held-out images that it has weighed them against (by attribution; else empty):
+    no result of the edit should be reported on them.
     """
 
     layer: Tensor
@@ -63,13 +65,19 @@ class EditPlan:
     merge: str
     seed: int
     chosen_on: Tensor = field(default_factory=_no_ids)
+    chosen_against: Tensor = field(default_factory=_no_ids)
 
     def __len__(self) -> int:
         return len(self.layer)
 
     @classmethod
     def of(
-        cls, model: Model, selection: Selection, factor: float | Tensor = 0.5, chosen_on: Tensor | None = None
+        cls,
+        model: Model,
+        selection: Selection,
+        factor: float | Tensor = 0.5,
+        chosen_on: Tensor | None = None,
+        chosen_against: Tensor | None = None,
     ) -> EditPlan:
         """The plan to scale a selection's units of an unedited model; factor: a number, or one for each unit.
 
@@ -91,7 +99,7 @@ class EditPlan:
             selection.scope,
             selection.merge,
             selection.seed,
-            _no_ids() if chosen_on is None else chosen_on.cpu(),
+            *(_no_ids() if ids is None else ids.cpu() for ids in (chosen_on, chosen_against)),
         )
         plan.check()
         return plan
@@ -130,6 +138,7 @@ class EditPlan:
             "unit": self.unit.long(),
             "factor": self.factor.double(),
             "chosen_on": self.chosen_on.long(),
+            "chosen_against": self.chosen_against.long(),
         }
 
     def equals(self, other: EditPlan) -> bool:
@@ -156,11 +165,13 @@ class EditPlan:
 
 
 def _checked_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    kinds = {"layer": torch.int64, "unit": torch.int64, "factor": torch.float64, "chosen_on": torch.int64}
+    # files of the first version have no held-out ids
+    tensors = {"chosen_against": _no_ids(), **tensors}
+    kinds = {name: torch.float64 if name == "factor" else torch.int64 for name in TENSORS}
     found = {name: tensor.dtype for name, tensor in tensors.items() if tensor.ndim == 1}
     if found != kinds:
-        raise ValueError(f"tensors {', '.join(sorted(tensors)) or 'none'}")
-    return dict(tensors)
+        raise ValueError(f"tensors {', '.join(sorted(tensors))}")
+    return tensors
 
 
 def _checked_header(header: Mapping[str, Any]) -> dict[str, Any]:

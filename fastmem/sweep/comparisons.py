@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from fastmem.sweep.compare import Difference, equal_quality, holm, paired_bootstrap
+from fastmem.sweep.compare import (
+    Difference,
+    Outcomes,
+    equal_quality,
+    equal_quality_bootstrap,
+    holm,
+    paired_bootstrap,
+)
 from fastmem.sweep.plan import NO_EDIT
-from fastmem.sweep.table import Measured, mean_of, unedited_cost
+from fastmem.sweep.table import Measured, unedited_cost
 from fastmem.sweep.targets import TargetSet
 
-# whom every selection is compared with, at the same fraction and factor
+# whom every selection is compared with, at the same fraction and factor; matched units are matched with UnitMem's
 RIVALS = ("random", "matched", "lowest", "unitmem")
+MATCHED_WITH = "unitmem"
 # random units of the same number whose factor is tuned to the same cost
 EQUAL_QUALITY = "random at equal quality"
 
@@ -23,17 +31,29 @@ Point = tuple[str, float, float]
 
 @dataclass(frozen=True, eq=False)
 class Side:
-    """One side of a comparison, a mean over seeds where it is drawn.
+    """One side of a comparison, with its seeds, of its units or of its samples.
 
-    extracted: float [n] over the reported targets; cost: loss of quality; seeds: of its units or samples; factor: of
-    its units; reached: False for random units that cannot be made to cost as much as the edit.
+    by_seed: bool [S,n] over the reported targets; costs: float64 [S], loss of quality against the unedited model's
+    mean; factor: of its units.
     """
 
-    extracted: np.ndarray
-    cost: float
-    seeds: int
+    by_seed: np.ndarray
+    costs: np.ndarray
     factor: float
-    reached: bool = True
+
+    @property
+    def extracted(self) -> np.ndarray:
+        """The mean over seeds, float64 [n]."""
+        return self.by_seed.mean(0)
+
+    @property
+    def cost(self) -> float:
+        """The mean over seeds."""
+        return float(self.costs.mean())
+
+    @property
+    def outcomes(self) -> Outcomes:
+        return Outcomes(self.by_seed, self.costs)
 
 
 @dataclass(frozen=True)
@@ -41,7 +61,8 @@ class Comparison:
     """A selection beside a rival, in reported targets.
 
     extracted, rival_extracted: how many of them; cost, rival_cost: loss of quality; rival_factor: of the rival's units;
-    seeds: that the rival is a mean over; difference: extracted minus rival_extracted; holm: its p value, corrected over
+    seeds: that the rival is a mean over; difference: extracted minus rival_extracted, with the uncertainty of targets'
+    classes, of seeds and, at equal quality, of the cost that is tuned to; holm: its p value, corrected over
     the selections beside this rival at this fraction and factor; reached: False where even the strongest factor that
     was measured costs the rival less.
     """
@@ -62,7 +83,7 @@ class Comparison:
 
 
 def sides_of(measured: Sequence[Measured], targets: TargetSet, cost: str) -> dict[Point, Side]:
-    """The means over seeds of every selection, fraction and factor; the first rows are the unedited model.
+    """Every selection, fraction and factor with its seeds; the first rows are the unedited model.
 
     cost: a metric that rises as quality falls.
     """
@@ -73,9 +94,8 @@ def sides_of(measured: Sequence[Measured], targets: TargetSet, cost: str) -> dic
     before = unedited_cost(measured, cost)
     return {
         (by, fraction, factor): Side(
-            np.mean([targets.extracted(m)[-1, targets.reported] for m in rows], axis=0),
-            mean_of(rows, cost) - before,
-            len(rows),
+            np.stack([targets.extracted(m)[-1, targets.reported] for m in rows]),
+            np.array([m.metrics[cost] - before for m in rows]),
             factor,
         )
         for (by, fraction, factor), rows in groups.items()
@@ -96,46 +116,72 @@ def compare_all(sides: Mapping[Point, Side], classes: np.ndarray) -> list[Compar
         for rival in RIVALS:
             other = sides.get((rival, fraction, factor))
             if other is not None:
-                beside = {by: other for by in tested if by != rival}
-                found += _compare(fraction, rival, mine, beside, classes)
-        found += _compare(fraction, EQUAL_QUALITY, mine, dict(_at_equal_quality(sides, fraction, mine)), classes)
+                beside = {by: side for by, side in mine.items() if _is_rival(rival, by)}
+                found += _beside(fraction, rival, beside, other, classes)
+        found += _at_equal_quality(sides, fraction, mine, classes)
     return found
 
 
-def _at_equal_quality(
-    sides: Mapping[Point, Side], fraction: float, mine: Mapping[str, Side]
-) -> Iterator[tuple[str, Side]]:
-    """Random units at each selection's cost; none where they were measured at one factor alone."""
-    factors = sorted({x for by, f, x in sides if by == "random" and f == fraction}, reverse=True)
-    if len(factors) < 2:
-        return
-    grid = [sides[NO_EDIT.by, NO_EDIT.fraction, NO_EDIT.factor], *(sides["random", fraction, x] for x in factors)]
-    for by, side in mine.items():
-        tuned = equal_quality(side.cost, [1.0, *factors], [g.cost for g in grid], [g.extracted for g in grid])
-        seeds = min(g.seeds for g in grid[1:])
-        yield by, Side(tuned.extracted, tuned.cost, seeds, tuned.factor, tuned.reached)
+def _is_rival(rival: str, by: str) -> bool:
+    return by == MATCHED_WITH if rival == "matched" else by != rival
 
 
-def _compare(
-    fraction: float, rival: str, mine: Mapping[str, Side], others: Mapping[str, Side], classes: np.ndarray
+def _beside(
+    fraction: float, rival: str, mine: Mapping[str, Side], other: Side, classes: np.ndarray
 ) -> list[Comparison]:
-    differences = [paired_bootstrap(mine[by].extracted, others[by].extracted, classes) for by in others]
+    differences = [paired_bootstrap(side.by_seed, other.by_seed, classes) for side in mine.values()]
     corrected = holm([d.p_value for d in differences])
     return [
         Comparison(
             by,
             fraction,
-            mine[by].factor,
+            side.factor,
             rival,
-            others[by].factor,
-            others[by].seeds,
-            float(mine[by].extracted.sum()),
-            float(others[by].extracted.sum()),
-            mine[by].cost,
-            others[by].cost,
+            other.factor,
+            len(other.costs),
+            float(side.extracted.sum()),
+            float(other.extracted.sum()),
+            side.cost,
+            other.cost,
             difference,
             p_value,
-            others[by].reached,
+            True,
         )
-        for by, difference, p_value in zip(others, differences, corrected, strict=True)
+        for (by, side), difference, p_value in zip(mine.items(), differences, corrected, strict=True)
     ]
+
+
+def _at_equal_quality(
+    sides: Mapping[Point, Side], fraction: float, mine: Mapping[str, Side], classes: np.ndarray
+) -> list[Comparison]:
+    """Beside random units at each selection's cost; none where they were measured at one factor alone."""
+    factors = sorted({x for by, f, x in sides if by == "random" and f == fraction}, reverse=True)
+    if len(factors) < 2:
+        return []
+    grid = [sides[NO_EDIT.by, NO_EDIT.fraction, NO_EDIT.factor], *(sides["random", fraction, x] for x in factors)]
+    factors = [NO_EDIT.factor, *factors]
+    differences = [
+        equal_quality_bootstrap(side.outcomes, factors, [g.outcomes for g in grid], classes) for side in mine.values()
+    ]
+    corrected = holm([d.p_value for d in differences])
+    found = []
+    for (by, side), difference, p_value in zip(mine.items(), differences, corrected, strict=True):
+        tuned = equal_quality(side.cost, factors, [g.cost for g in grid], [g.extracted for g in grid])
+        found.append(
+            Comparison(
+                by,
+                fraction,
+                side.factor,
+                EQUAL_QUALITY,
+                tuned.factor,
+                min(len(g.costs) for g in grid[1:]),
+                float(side.extracted.sum()),
+                float(tuned.extracted.sum()),
+                side.cost,
+                tuned.cost,
+                difference,
+                p_value,
+                tuned.reached,
+            )
+        )
+    return found

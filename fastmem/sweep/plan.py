@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
 from fastmem.errors import UsageError
-from fastmem.scoring.selection import CONTROLS, SELECTIONS
+from fastmem.scoring.selection import CONTROLS, MERGES, SCOPES, SELECTIONS
 
 HALVED = 0.5
 FRACTIONS = (0.01, 0.02, 0.05, 0.10, 0.20)
@@ -77,10 +77,11 @@ class SweepSettings:
     fractions, factors, by: every combination is a row for each seed; seeds: of random and matched units; declared:
     the fraction that was named before anything was measured. There, at the first factor, these have ``declared_seeds``
     seeds and the other selections ``seeds`` of the samples; the unedited model has ``declared_seeds`` of them.
-    equal_quality: fractions at which random units of equal quality are looked for, the declared one when None; scope,
-    merge: of every selection.
+    equal_quality: those of the fractions at which random units of equal quality are looked for, the declared one when
+    None; scope, merge: of every selection.
 
-    Raises: UsageError for an unknown selection, a fraction outside (0, 1], a factor below 0 or fewer than 1 seed.
+    Raises: UsageError for an unknown selection, scope or merge, a fraction outside (0, 1], equal quality at another
+    fraction than the edits', a factor outside [0, 1) or fewer than 1 seed.
     """
 
     declared: float
@@ -101,6 +102,16 @@ class SweepSettings:
         for fraction in (*self.fractions, *(self.equal_quality or ())):
             if not 0 < fraction <= 1:
                 raise UsageError(f"expected fractions of the units above 0 and up to 1, got {fraction}")
+        for fraction in self.equal_quality or ():
+            if fraction not in self.fractions:
+                raise UsageError(
+                    f"expected equal quality at one of the fractions {', '.join(map(percent, self.fractions))}, got "
+                    f"{percent(fraction)}: add it there"
+                )
+        if self.scope not in SCOPES:
+            raise UsageError(f"expected scope as one of {', '.join(SCOPES)}, got {self.scope!r}")
+        if self.merge not in MERGES:
+            raise UsageError(f"expected merge as one of {', '.join(MERGES)}, got {self.merge!r}")
         for factor in self.factors:
             if not 0 <= factor < 1:
                 raise UsageError(f"expected factors of at least 0 and below 1, got {factor}")

@@ -12,18 +12,22 @@ import torch
 from fastmem.data.manifest import Manifest
 from fastmem.data.sources import ImageSource
 from fastmem.errors import UsageError
-from fastmem.extraction.attack import attack
+from fastmem.extraction.attack import BATCH_ROWS, attack
 from fastmem.extraction.candidates import TOP_PER_CLASS, Targets, find_targets, highest_per_class
 from fastmem.extraction.verdicts import Judge
-from fastmem.mitigation.attribution import HELDOUT_IMAGES, halves, spread
+from fastmem.mitigation.attribution import BATCH_IMAGES, HELDOUT_IMAGES, halves, spread
 from fastmem.models.model import Model
 from fastmem.quality.evaluate import measure
 from fastmem.quality.features import FeatureExtractor
 from fastmem.quality.losses import TrueImages, mean_losses, read_true_images
 from fastmem.quality.reference import read_reference
+from fastmem.quality.samples import BATCH
 from fastmem.stats import UnitStats
 from fastmem.sweep.bench import ModelBench, UnitChooser
 from fastmem.sweep.targets import TargetSet
+
+# seeds of rows are below it
+SEED_STRIDE = 100_003
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,8 @@ class BenchSettings:
     """What a sweep measures every row with.
 
     prefixes: in tokens, ascending; samples: whose quality is measured; halved: whether targets that units can be chosen
-    by are kept apart from those that are reported; seed: of the halves and the samples.
+    by are kept apart from those that are reported; seed: of the halves and of all draws; batch_size: samples drawn at
+    once; a smaller one than usual bounds the completions and the images of a backward pass, too.
     """
 
     prefixes: tuple[int, ...]
@@ -39,6 +44,16 @@ class BenchSettings:
     halved: bool
     top_per_class: int = TOP_PER_CLASS
     seed: int = 0
+    batch_size: int = BATCH
+
+    @property
+    def batch_rows(self) -> int:
+        """Rows that are completed at once."""
+        return BATCH_ROWS if self.batch_size >= BATCH else self.batch_size
+
+    def seed_of(self, row_seed: int) -> int:
+        """The seed of a row's draws: sweeps of different seeds share none."""
+        return self.seed * SEED_STRIDE + row_seed
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,17 +98,18 @@ def prepare(
             "--heldout PATH"
         )
     positions = highest_per_class(manifests["train"], hits, settings.top_per_class)
-    targets, _ = find_targets(model, sources["train"], manifests["train"], hits, positions)
+    targets, _ = find_targets(model, sources["train"], manifests["train"], hits, positions, with_pictures=False)
     chosen_by = halves(targets.ids, targets.labels, settings.seed)
     reported = ~chosen_by if settings.halved else np.ones(len(targets), dtype=bool)
     unseen = read_true_images(model, sources["heldout"], manifests["heldout"])
     seen_half = halves(unseen.ids, unseen.labels.numpy(), settings.seed)
     losses = {"heldout": _take(unseen, ~seen_half), "targets": _true_images(targets.take(reported))}
     quality = _quality(model, sources["heldout"], manifests["heldout"], extractor, settings, losses, cache)
-    memorised = _memorised(model, targets, chosen_by, judge, settings.prefixes[-1])
+    memorised = _memorised(model, targets, chosen_by, judge, settings)
     seen = _take(unseen, np.flatnonzero(seen_half)[spread(int(seen_half.sum()), HELDOUT_IMAGES)])
-    chooser = UnitChooser(model, stats["train"], stats["heldout"], memorised, seen)
-    bench = ModelBench(model, chooser, targets, judge, settings.prefixes, quality)
+    images_at_once = min(BATCH_IMAGES, settings.batch_size)
+    chooser = UnitChooser(model, stats["train"], stats["heldout"], memorised, seen, settings.seed_of, images_at_once)
+    bench = ModelBench(model, chooser, targets, judge, settings.prefixes, quality, settings.batch_rows)
     masks = {name: np.isin(targets.ids, ids) for name, ids in groups.items()}
     counted = TargetSet(targets.labels, reported, settings.prefixes, judge.threshold, masks)
     return Prepared(settings, bench, targets, counted)
@@ -115,14 +131,18 @@ def _quality(
         source, manifest, model.view_recipe("center"), extractor, description="held-out images", cache=cache
     )
     return lambda model, seed: measure(
-        model, extractor, reference, settings.samples, settings.seed + seed, losses=losses
+        model, extractor, reference, settings.samples, settings.seed_of(seed), settings.batch_size, losses
     )
 
 
-def _memorised(model: Model, targets: Targets, chosen_by: np.ndarray, judge: Judge, prefix: int) -> TrueImages:
+def _memorised(
+    model: Model, targets: Targets, chosen_by: np.ndarray, judge: Judge, settings: BenchSettings
+) -> TrueImages:
     """Targets of the choosing half that the unedited model gives away; the whole half where it gives none."""
     half = targets.take(chosen_by)
-    given = judge.similarities(model, half, [prefix], attack(model, half, [prefix]))[0] > judge.threshold
+    longest = settings.prefixes[-1:]
+    completed = attack(model, half, longest, batch_size=settings.batch_rows)
+    given = judge.similarities(model, half, longest, completed)[0] > judge.threshold
     return _true_images(half.take(given) if given.any() else half)
 
 

@@ -5,7 +5,7 @@ The same attacks on the unedited model stand beside each count, for a longer pre
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,6 +24,7 @@ from fastmem.extraction.verdicts import Judge
 from fastmem.files import read_json, write_json
 from fastmem.mitigation.scaling import Units, scale_units
 from fastmem.models.model import Model, to_unit_range
+from fastmem.scoring.image_losses import ImageLosses
 from fastmem.sweep.plan import Row
 from fastmem.sweep.rescale import SuspectRows, find_rows_scaled_by, find_small_rows
 from fastmem.sweep.table import RowUnavailable
@@ -117,11 +118,21 @@ class Attacker:
         self.approaches = self._approaches(targets)
         self.before = [self._count(approach) for approach in self.approaches]
 
-    def attack_again(self, row: Row, editor: Editor) -> ReAttack:
-        """Every approach on one edit. Raises: RowUnavailable where its units cannot be chosen."""
+    def attack_again(
+        self,
+        row: Row,
+        editor: Editor,
+        state: Path | None = None,
+        advance: Callable[[int], None] = lambda images: None,
+    ) -> ReAttack:
+        """Every approach on one edit.
+
+        state: where the pass over all images for other candidates is kept, so that it goes on; advance: told of its
+        images. Raises: RowUnavailable where the edit's units cannot be chosen.
+        """
         with editor.edited(row) as units:
             after = [self._count(approach) for approach in self.approaches]
-            others = self._other_candidates()
+            others = self._other_candidates(state, advance)
             others_after = self._count(others)
             rescalings = tuple(self._rescalings(row, units))
         counts = [*zip(self.approaches, self.before, after, strict=True), (others, self._count(others), others_after)]
@@ -157,12 +168,18 @@ class Attacker:
             tokens.append(self.model.tokenize(to_unit_range(pixels.flip(2) if mirrored else pixels)).cpu())
         return replace(targets, tokens=torch.cat(tokens))
 
-    def _other_candidates(self) -> Approach:
+    def _other_candidates(
+        self, state: Path | None = None, advance: Callable[[int], None] = lambda images: None
+    ) -> Approach:
         """The highest of every class by the model as it is, without those that the edit was chosen by."""
-        hits = collect_losses(self.model, self.source, self.manifest, None, cache=self.cache).hits
+        if state is not None and state.exists():
+            hits = ImageLosses.load(state, self.manifest.hash).hits
+            advance(len(self.manifest))
+        else:
+            hits = collect_losses(self.model, self.source, self.manifest, state, cache=self.cache, advance=advance).hits
         hits[np.isin(self.manifest.ids, self.chosen_by)] = np.nan
         positions = highest_per_class(self.manifest, hits)
-        found, _ = find_targets(self.model, self.source, self.manifest, hits, positions)
+        found, _ = find_targets(self.model, self.source, self.manifest, hits, positions, with_pictures=False)
         return Approach("candidates of the edited model", found, self.prefix)
 
     def _rescalings(self, row: Row, units: int) -> list[Rescaling]:
@@ -191,20 +208,31 @@ def other_prefixes(model: Model, prefix: int) -> list[int]:
     return [n for n in dict.fromkeys(nearest) if n not in (prefix, model.num_tokens)]
 
 
-def attack_edits_again(attacker: Attacker, rows: Sequence[Row], editor: Editor, folder: Path) -> list[ReAttack]:
+def attack_edits_again(
+    make_attacker: Callable[[], Attacker],
+    rows: Sequence[Row],
+    editor: Editor,
+    folder: Path,
+    advance: Callable[[int], None] = lambda images: None,
+) -> list[ReAttack]:
     """``attack_again`` for every row whose units can be chosen, a file each in ``folder``; what is there is read.
 
-    Raises: InputFileError for a damaged file; UsageError where the folder cannot be written.
+    make_attacker: called where a file is missing; advance: told of the images of every edit's pass over all of them.
+
+    Raises: InputFileError for a damaged file; UsageError where the folder cannot be written. KeyboardInterrupt keeps
+    what was done.
     """
-    found = []
+    found, attacker = [], None
     for row in rows:
-        file = folder / f"{row.key}.json"
+        file, state = folder / f"{row.key}.json", folder / f"{row.key}-candidates.safetensors"
         if not file.exists():
+            attacker = attacker or make_attacker()
             try:
-                made = attacker.attack_again(row, editor)
+                made = attacker.attack_again(row, editor, state, advance)
             # the table has the row with the reason
             except RowUnavailable:
                 continue
             write_json(file, {"schema": SCHEMA, **made.record()})
+            state.unlink(missing_ok=True)
         found.append(ReAttack.of(read_json(file, SCHEMA)))
     return found

@@ -46,10 +46,13 @@ def find_small_rows(model: Model) -> SuspectRows:
 def find_rows_scaled_by(model: Model, factor: float, share: float) -> SuspectRows:
     """Rows that are likelier to be scaled by ``factor`` than not, where a ``share`` of all rows was.
 
-    factor: in (0, 1); both are what the attacker knows of the edit. A layer's log norms are then two normal laws of one
-    spread, a share of them log(factor) below the others; centre and spread are fitted by expectation maximisation.
+    factor: in (0, 1); share: in (0, 1]; both are what the attacker knows of the edit. A layer's log norms are
+    then two normal laws of one spread, a share of them log(factor) below the others; centre and spread are fitted by
+    expectation maximisation.
     """
     logs, centre, spread = _log_norms(model)
+    if share >= 1:
+        return _suspects(logs, torch.ones_like(logs, dtype=torch.bool), torch.full_like(logs, 1 / factor))
     shift = math.log(factor)
     odds = math.log(share / (1 - share))
     for _ in range(FITS):

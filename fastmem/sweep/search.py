@@ -1,9 +1,12 @@
 """The search for the edit that reaches a reduction at the least loss of quality.
 
 For every recipe (a selection with its factor, scope and rounds) the smallest fraction of units that reaches the
-reduction on one half of the targets is found by bisection on a ladder; only that edit's quality is measured. Counts are
-reported on the other half. The cheapest of many edits looks cheaper than it is, by the chance of its samples: the best
-few are sampled anew, beside halving by UnitMem, at random and the unedited model, and stated by those samples alone.
+reduction is found by bisection on a ladder; only that edit's quality is measured. The reduction is that of the targets
+which no units were chosen by, so that all recipes are compared at one that holds for targets unseen; the ladder is all
+that is fitted to them. The other half, which attribution saw, stands beside it.
+
+The cheapest of many edits looks cheaper than it is, by the chance of its samples: the best few are sampled anew, beside
+halving by UnitMem, at random and the unedited model, and stated by those samples alone.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import numpy as np
 from scipy import stats
 
 from fastmem.errors import UsageError
-from fastmem.sweep.compare import LEVEL
+from fastmem.sweep.compare import LEVEL, holm
 from fastmem.sweep.plan import ATTRIBUTION, HALVED, NO_EDIT, Row
 from fastmem.sweep.table import Measured, Table, mean_of
 from fastmem.sweep.targets import TargetSet
@@ -39,18 +42,21 @@ RANDOM = Row("random", 0.0, HALVED)
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds of samples that differ in nothing else, with its 95 % interval by Student's t."""
+    """A mean over seeds, with its 95 % interval and the p value of 0 by Student's t."""
 
     value: float
     low: float
     high: float
+    p_value: float
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Estimate:
         """The mean of at least two values."""
         mean, error = float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(len(values)))
-        reach = float(stats.t.ppf((1 + LEVEL) / 2, len(values) - 1)) * error
-        return cls(mean, mean - reach, mean + reach)
+        law = stats.t(len(values) - 1)
+        reach = float(law.ppf((1 + LEVEL) / 2)) * error
+        p_value = 2 * float(law.sf(abs(mean) / error)) if error else float(mean == 0)
+        return cls(mean, mean - reach, mean + reach, p_value)
 
 
 @dataclass(frozen=True)
@@ -58,26 +64,29 @@ class Confirmation:
     """An edit's loss of quality by samples that had no part in its choice.
 
     seeds: of the samples; cost: against the unedited model; beside_plain: that cost minus the cost of halving by
-    UnitMem; beside_half: minus half of it, which is the goal; None without such an edit. Differences are by seed.
+    UnitMem; beside_half: minus half of it, which is the goal; None without such an edit; differences are by seed. holm:
+    the p value of beside_plain, corrected over all edits that were confirmed.
     """
 
     seeds: int
     cost: Estimate
     beside_plain: Estimate | None
     beside_half: Estimate | None
+    holm: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Reached:
     """The smallest edit of a recipe that reaches the reduction.
 
-    measured: with every seed, the first of which was searched with; chosen_reduction, reduction: on the half that it
-    was chosen by, and on the other; cost: loss of quality; all are means over the seeds. confirmation: of the best few.
+    measured: with every seed, the first of which was searched with; reduction: of the targets that no units were chosen
+    by; seen_reduction: of the half that attribution saw, unseen by all else; cost: loss of quality; all are means over
+    the seeds. confirmation: of the best few.
     """
 
     measured: tuple[Measured, ...]
-    chosen_reduction: float
     reduction: float
+    seen_reduction: float
     cost: float
     confirmation: Confirmation | None = None
 
@@ -90,8 +99,8 @@ class Reached:
         """As ``--json`` has it."""
         return asdict(self.row) | {
             "units": self.measured[0].units,
-            "chosen_reduction": self.chosen_reduction,
             "reduction": self.reduction,
+            "seen_reduction": self.seen_reduction,
             "cost": self.cost,
             "metrics": {name: mean_of(self.measured, name) for name in self.measured[0].metrics},
             "confirmation": None if self.confirmation is None else asdict(self.confirmation),
@@ -106,6 +115,12 @@ def recipes(by: Sequence[str] = SEARCHED) -> list[Row]:
     per_layer = [Row(name, 0.0, HALVED, scope="per-layer") for name in chosen]
     again = [Row(ATTRIBUTION, 0.0, factor, rounds=2) for factor in FACTORS[:2] if ATTRIBUTION in chosen]
     return list(dict.fromkeys([PLAIN, RANDOM, *plain, *graded, *per_layer, *again]))
+
+
+def check_reduction(reduction: float) -> None:
+    """Raises: UsageError for a reduction outside (0, 1]."""
+    if not 0 < reduction <= 1:
+        raise UsageError(f"expected a reduction above 0 and up to 1, got {reduction}")
 
 
 def most_work(rows: Sequence[Row]) -> tuple[int, int]:
@@ -126,14 +141,13 @@ def search(
 ) -> list[Reached]:
     """The smallest edit of every recipe that reaches ``reduction``, cheapest first; recipes that never do are left out.
 
-    reduction: of the targets extracted on the half that edits are chosen by, in (0, 1]; cost: a metric that rises as
+    reduction: of the extracted targets that no units were chosen by, in (0, 1]; cost: a metric that rises as
     quality falls; rows: recipes, whose fraction is open; advance: told of each that is done, and of ``CONFIRMED`` more.
 
     Raises: UsageError for a reduction outside (0, 1], or where the unedited model gives nothing away on either half.
     """
-    if not 0 < reduction <= 1:
-        raise UsageError(f"expected a reduction above 0 and up to 1, got {reduction}")
-    unedited = _sampled(table, NO_EDIT)
+    check_reduction(reduction)
+    unedited = unedited_rows(table)
     base = _counts(targets, unedited[0])
     if 0 in base:
         raise UsageError(
@@ -146,10 +160,15 @@ def search(
         if row is not None:
             measured = _sampled(table, row)
             left = np.mean([_counts(targets, m) for m in measured], axis=0)
-            chosen, other = (1 - left / base).tolist()
-            found.append(Reached(tuple(measured), chosen, other, mean_of(measured, cost) - mean_of(unedited, cost)))
+            reported, seen = (1 - left / base).tolist()
+            found.append(Reached(tuple(measured), reported, seen, mean_of(measured, cost) - mean_of(unedited, cost)))
         advance(1)
     return _confirmed(table, sorted(found, key=lambda r: r.cost), cost, advance)
+
+
+def unedited_rows(table: Table) -> list[Measured]:
+    """The unedited model with the seeds that edits are searched with."""
+    return _sampled(table, NO_EDIT)
 
 
 def _sampled(table: Table, row: Row, seeds: Sequence[int] = range(SEEDS)) -> list[Measured]:
@@ -168,7 +187,10 @@ def _confirmed(table: Table, reached: Sequence[Reached], cost: str, advance: Cal
         costs[row] = np.array([m.metrics[cost] for m in _sampled(table, row, seeds)])
         advance(1)
     advance(CONFIRMED - len(costs))
-    return [replace(r, confirmation=_confirmation(costs, r, plain)) if r in finalists else r for r in reached]
+    made = {r: _confirmation(costs, r, plain) for r in finalists}
+    beside = {r: c.beside_plain.p_value for r, c in made.items() if c.beside_plain is not None}
+    corrected = dict(zip(beside, holm(list(beside.values())), strict=True))
+    return [replace(r, confirmation=replace(made[r], holm=corrected.get(r))) if r in made else r for r in reached]
 
 
 def _confirmation(costs: Mapping[Row, np.ndarray], edit: Reached, plain: Reached | None) -> Confirmation:
@@ -185,17 +207,16 @@ def plain_halving(reached: Sequence[Reached]) -> Reached | None:
     return next((r for r in reached if replace(r.row, fraction=0.0) == PLAIN), None)
 
 
-def beats(edit: Reached, plain: Reached) -> bool:
-    """Whether an edit stops at least what halving by UnitMem stops, on targets that neither was chosen by, and by fresh
-    samples costs surely less."""
-    beside = edit.confirmation and edit.confirmation.beside_plain
-    return bool(beside and beside.high < 0 and edit.reduction >= plain.reduction)
+def beats(edit: Reached) -> bool:
+    """Whether an edit surely costs less than halving by UnitMem at the same reduction, by fresh samples."""
+    found = edit.confirmation
+    return bool(found and found.beside_plain and found.beside_plain.value < 0 and found.holm <= 1 - LEVEL)
 
 
 def _counts(targets: TargetSet, measured: Measured) -> tuple[int, int]:
-    """Targets extracted with the longest prefix on the half that edits are chosen by, and on the other."""
+    """Targets extracted with the longest prefix of the half that no units were chosen by, and of the other."""
     extracted = targets.extracted(measured)[-1]
-    return int(np.count_nonzero(extracted & ~targets.reported)), int(np.count_nonzero(extracted & targets.reported))
+    return int(np.count_nonzero(extracted & targets.reported)), int(np.count_nonzero(extracted & ~targets.reported))
 
 
 def _smallest(table: Table, targets: TargetSet, recipe: Row, allowed: int) -> Row | None:
