@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +20,13 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_prc import calculate_precision_recall_full
 
 from fastmem import ArraySource, InputFileError, UsageError
+from fastmem.cli.evaluate import loss_groups
+from fastmem.cli.opening import open_run
 from fastmem.data.decoding import DamagedImage
 from fastmem.data.manifest import Manifest
 from fastmem.data.views import CenterCrop
 from fastmem.quality.evaluate import evaluate, measure
-from fastmem.quality.features import Features, Reference, SSCDFeatures, to_bytes
+from fastmem.quality.features import Features, Reference, SSCDFeatures, compare_by_kernel, to_bytes
 from fastmem.quality.frechet import FeatureMoments, Gaussian, frechet_distance
 from fastmem.quality.inception import InceptionFeatures, fetch_inception, find_inception
 from fastmem.quality.kernel import kernel_distance
@@ -296,6 +298,27 @@ def test_features_are_joined_with_their_logits():
     assert Features.join([Features(whole.vectors)] * 2).logits is None
 
 
+def test_a_kernel_distance_of_many_images_takes_them_evenly(monkeypatch):
+    rng = np.random.default_rng(0)
+    samples, real = (Features(rng.standard_normal((n, 4)).astype(np.float32)) for n in (6, 20))
+    monkeypatch.setattr("fastmem.quality.features.MOST_PAIRED", 8)
+    found = compare_by_kernel("kid", samples, Reference("many images", "", real))
+    assert found.notes == ("kid over 8 of 20 images of the reference, evenly spread",)
+    assert found.metrics["kid"] == kernel_distance(samples.vectors, real.vectors[spread(20, 8)]).value
+    assert compare_by_kernel("kid", samples, Reference("few", "", Features(real.vectors[:8]))).notes == ()
+
+
+def test_losses_leave_out_what_an_edit_has_seen(scored):  # noqa: F811
+    opened = open_run(str(scored))
+    groups = loss_groups(opened)
+    assert not any(name.endswith("not-chosen-on") for name in groups)
+    ids = {split: manifest.ids for split, manifest in opened.manifests.items()}
+    seen = replace(opened, chosen_on=ids["train"][:3], chosen_against=ids["heldout"][:2])
+    groups = loss_groups(seen)
+    assert groups["train-not-chosen-on"].tolist() == ids["train"][3:].tolist()
+    assert groups["heldout-not-chosen-on"].tolist() == ids["heldout"][2:].tolist()
+
+
 def test_inception_weights_are_never_unpickled(tmp_path, inception_file):
     class Code:
         def __reduce__(self):
@@ -464,6 +487,9 @@ def test_an_edit_is_evaluated_beside_the_unedited_model(capsys, scored, fake_ssc
         assert code == 0, err
         documents.append(json.loads(out))
     assert [d["edit"] for d in documents] == [None, "half"]
+    # what an edit does not protect is said with every result of one, and with no other
+    assert ["not released weights" in d.get("caution", "") for d in documents] == [False, True]
+    assert "not released weights" in err
     code, _, err = run(capsys, "evaluate", "--run", scored, "--samples", 4, "--loss-images", 3)
     assert code == 0, err
     assert "all 4 samples are there already" in err

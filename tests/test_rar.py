@@ -171,3 +171,17 @@ def test_networks_that_do_not_fit_each_other_are_refused(small_model):
         assemble(torch.nn.Linear(2, 2), small_model.tokenizer)
     with pytest.raises(UsageError, match="multiple of num_heads"):
         RARConfig(hidden_size=10, num_heads=3)
+
+
+def test_the_tokenizer_runs_with_cudnn_and_without_tf32(toy_model, monkeypatch):
+    seen = []
+    for name in ("encode", "decode"):
+        original = getattr(toy_model.tokenizer, name)
+
+        def record(value, original=original):
+            seen.append((torch.backends.cudnn.enabled, torch.backends.cudnn.allow_tf32))
+            return original(value)
+
+        monkeypatch.setattr(toy_model.tokenizer, name, record)
+    toy_model.decode(toy_model.tokenize(torch.rand(1, 3, 16, 16)))
+    assert seen == [(True, False)] * 2

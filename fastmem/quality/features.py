@@ -17,8 +17,11 @@ from fastmem.extraction.embedding import DIMENSIONS, Embedder, embed
 from fastmem.files import read_tensors, write_tensors
 from fastmem.quality.frechet import Gaussian
 from fastmem.quality.kernel import kernel_distance
+from fastmem.quality.losses import spread
 
 SCHEMA = "fastmem.features/1"
+# a kernel distance is over all pairs: of more images it would take petaflops and tell no more
+MOST_PAIRED = 50_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,11 +136,21 @@ class SSCDFeatures:
 
 
 def compare_by_kernel(name: str, samples: Features, reference: Reference, scale: float = 1.0) -> Comparison:
-    """The kernel distance of scaled vectors under ``name`` with the ends of its 95 % interval."""
+    """The kernel distance of scaled vectors under ``name`` with the ends of its 95 % interval.
+
+    Of a side with more than ``MOST_PAIRED`` images as many are taken, evenly spread, and said so.
+    """
     if reference.features is None:
         return Comparison({}, (f"no {name}: {reference.description} holds no features of single images",))
+    sides = (samples, reference.features)
+    taken = [side.vectors[spread(len(side), MOST_PAIRED)] * np.float32(scale) for side in sides]
     try:
-        found = kernel_distance(*(side.vectors * np.float32(scale) for side in (samples, reference.features)))
+        found = kernel_distance(*taken)
     except UsageError as error:
         return Comparison({}, (f"no {name}: {error}",))
-    return Comparison({name: found.value, f"{name}-low": found.low, f"{name}-high": found.high})
+    notes = tuple(
+        f"{name} over {MOST_PAIRED:,} of {len(side):,} images of the {what}, evenly spread"
+        for side, what in zip(sides, ("samples", "reference"), strict=True)
+        if len(side) > MOST_PAIRED
+    )
+    return Comparison({name: found.value, f"{name}-low": found.low, f"{name}-high": found.high}, notes)
