@@ -101,10 +101,10 @@ def test_a_sweep_goes_on_with_more_rows_and_measures_only_those(capsys, folder, 
 
 
 def test_the_search_prints_what_reached_the_reduction(capsys, folder, monkeypatch):
-    from fastmem.cli import sweep
+    from fastmem.cli import sweep_work
 
     monkeypatch.setattr("fastmem.sweep.search.FRESH_SEEDS", 2)
-    monkeypatch.setattr(sweep, "recipes", lambda by: [Row("unitmem", 0.0, 0.0), Row("random", 0.0, 0.0)])
+    monkeypatch.setattr(sweep_work, "recipes", lambda by: [Row("unitmem", 0.0, 0.0), Row("random", 0.0, 0.0)])
     arguments = ("sweep", "--run", folder, "--judge", "tokens", "--target-reduction", "0.3")
     code, out, err = run(capsys, *arguments, "--json")
     assert code == 0, err
