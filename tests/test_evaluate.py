@@ -163,6 +163,27 @@ def test_unfinished_samples_are_only_gone_on_with_when_asked(tmp_path, sscd, ref
     assert toy_evaluation(tmp_path, sscd, reference, samples=8).samples.path != found.samples.path
 
 
+def test_a_reference_that_was_cut_off_goes_on_with_the_parts_it_has(tmp_path, toy_source, sscd, monkeypatch):
+    monkeypatch.setattr("fastmem.quality.reference.PART", 8)
+    manifest = Manifest.build(toy_source)
+    whole = read_reference(toy_source, manifest, RECIPE, sscd, description="toys")
+    advanced: list[int] = []
+
+    def stop(images: int) -> None:
+        advanced.append(images)
+        if sum(advanced) >= 16:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        read_reference(toy_source, manifest, RECIPE, sscd, description="toys", cache=tmp_path, advance=stop)
+    embedder = FakeEmbedder()
+    found = read_reference(toy_source, manifest, RECIPE, SSCDFeatures(embedder), description="toys", cache=tmp_path)
+    np.testing.assert_array_equal(found.features.vectors, whole.features.vectors)
+    # the first of three parts was whole
+    assert embedder.seen == 23 - 8
+    assert [file.suffix for file in tmp_path.iterdir()] == [".safetensors"]
+
+
 @pytest.mark.parametrize(("samples", "batch"), [(0, 5), (5, 0)], ids=["no samples", "no batch"])
 def test_settings_refuse_nothing(samples, batch):
     with pytest.raises(UsageError, match="at least 1 sample in batches of at least 1"):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from fastmem.quality.frechet import read_statistics
 from fastmem.quality.losses import spread
 
 BATCH = 64
+PART = 64 * BATCH
 # pictures whose pixels tell whether a set is still the same; names and labels of all do so, too
 SEEN_PIXELS = 64
 
@@ -36,7 +38,8 @@ def read_reference(
 ) -> Reference:
     """Features of a set of real images, cut by ``recipe`` of one view; out of the folder ``cache`` where it has them.
 
-    What cannot be read is left out. train: whether the model saw these images.
+    What cannot be read is left out. train: whether the model saw these images. With a cache, features are kept in
+    parts of ``PART`` images while they are taken, so that a pass that was killed goes on.
 
     Raises: InputFileError where not one image can be read, or a kept file is damaged; else as ``load_views``.
     """
@@ -48,9 +51,7 @@ def read_reference(
         features = Features.load(file, header)
         advance(len(manifest))
     else:
-        features = _extract(source, manifest, recipe, extractor, workers, advance)
-        if file is not None:
-            features.save(file, header)
+        features = _extract(source, manifest, recipe, extractor, workers, advance, file, header)
     labels, counts = np.unique(manifest.labels, return_counts=True)
     return Reference(
         f"{description}, {len(features):,} images",
@@ -84,16 +85,46 @@ def _extract(
     extractor: FeatureExtractor,
     workers: int | None,
     advance: Callable[[int], None],
+    file: Path | None,
+    header: Mapping[str, str],
 ) -> Features:
-    batches = np.array_split(np.arange(len(manifest)), -(-len(manifest) // BATCH))
+    """Features of all images, written to ``file``, beside which they are kept in parts until then."""
+    folder = None if file is None else file.with_suffix(".parts")
+    parts = []
+    for number, positions in enumerate(np.array_split(np.arange(len(manifest)), -(-len(manifest) // PART))):
+        part = None if folder is None else folder / f"{number:06d}.safetensors"
+        if part is not None and part.exists():
+            parts.append(Features.load(part, header))
+            advance(len(positions))
+            continue
+        parts.append(_extract_part(source, manifest, positions, recipe, extractor, workers, advance))
+        if part is not None and len(parts[-1]):
+            parts[-1].save(part, header)
+    features = Features.join([part for part in parts if len(part)] or parts[:1])
+    if not len(features):
+        raise InputFileError(
+            f"expected images that can be read in {source.description}, got {len(manifest)} that cannot: copy them "
+            "again"
+        )
+    if file is not None:
+        features.save(file, header)
+        shutil.rmtree(folder, ignore_errors=True)
+    return features
+
+
+def _extract_part(
+    source: ImageSource,
+    manifest: Manifest,
+    positions: np.ndarray,
+    recipe: Views,
+    extractor: FeatureExtractor,
+    workers: int | None,
+    advance: Callable[[int], None],
+) -> Features:
+    batches = np.array_split(positions, -(-len(positions) // BATCH))
     parts = []
     for asked, batch in zip(batches, load_views(source, manifest, batches, recipe, workers), strict=True):
         if len(batch.positions):
             parts.append(extractor(batch.views[:, 0].numpy()))
         advance(len(asked))
-    if not parts:
-        raise InputFileError(
-            f"expected images that can be read in {source.description}, got {len(manifest)} that cannot: copy them "
-            "again"
-        )
-    return Features.join(parts)
+    return Features.join(parts) if parts else Features(np.empty((0, extractor.dimensions), np.float32))
