@@ -22,35 +22,63 @@ def record(row: Row, cost: float, reported: int = 5, missing: str = "") -> dict[
     }
 
 
-PLAIN = record(Row("unitmem", 0.3, 0.5), 0.04)
-BETTER = record(Row("attribution", 0.1, 0.5, rounds=2), -0.01)
+def confirmed(row: Row, cost: float, beats_plain: bool = False, beside_half: float = 0.0) -> dict[str, Any]:
+    """A row that a search reached and confirmed; every interval reaches 0.01 to both sides."""
+    estimates = {
+        name: {"value": value, "low": value - 0.01, "high": value + 0.01}
+        for name, value in {"cost": cost, "beside_half": beside_half}.items()
+    }
+    return record(row, cost) | {"confirmation": estimates, "beats_plain": beats_plain}
+
+
+PLAIN = confirmed(Row("unitmem", 0.3, 0.5), 0.04)
+BETTER = Row("attribution", 0.1, 0.5, rounds=2)
+START = "halving by UnitMem takes 30 % of all units and costs +0.0400 (+0.0300 to +0.0500) of kd-sscd; "
+LESS = "edits that surely cost less"
+CHEAPEST = "the cheapest +0.0100 (+0.0000 to +0.0200)"
 
 
 @pytest.mark.parametrize(
-    ("reached", "plain", "text"),
+    ("others", "plain", "text"),
     [
         pytest.param(
-            [BETTER, PLAIN],
+            [confirmed(BETTER, 0.01, beats_plain=True, beside_half=-0.011)],
             PLAIN,
-            "halving by UnitMem costs +0.0400 of kd-sscd with 30 % of all units; 1 edits cost less, the cheapest "
-            "-0.0100: attribution 10 % x0.5, 2 rounds",
-            id="something is better",
+            f"{START}{LESS}: 1, {CHEAPEST}, surely at most half: attribution 10 % x0.5, 2 rounds",
+            id="at most half",
         ),
         pytest.param(
-            [PLAIN],
+            [
+                confirmed(Row("unitmem", 0.2, 0.25), 0.02, beats_plain=True),
+                confirmed(BETTER, 0.01, beats_plain=True, beside_half=0.011),
+            ],
             PLAIN,
-            "halving by UnitMem costs +0.0400 of kd-sscd with 30 % of all units; nothing that was searched costs less",
+            f"{START}{LESS}: 2, {CHEAPEST}, surely more than half: attribution 10 % x0.5, 2 rounds",
+            id="less, but more than half",
+        ),
+        pytest.param(
+            [confirmed(BETTER, 0.01, beats_plain=True, beside_half=0.005)],
+            PLAIN,
+            f"{START}{LESS}: 1, {CHEAPEST}, about half: attribution 10 % x0.5, 2 rounds",
+            id="about half",
+        ),
+        pytest.param(
+            # cheaper, but not beyond doubt
+            [confirmed(BETTER, 0.03)],
+            PLAIN,
+            f"{START}nothing that was searched surely costs less",
             id="nothing is better",
         ),
         pytest.param(
-            [BETTER],
+            [confirmed(BETTER, 0.01)],
             None,
-            "halving by UnitMem does not reach a reduction of 80%, 1 other edits do",
+            "halving by UnitMem does not reach a reduction of 80%; other edits that do: 1",
             id="halving falls short",
         ),
     ],
 )
-def test_a_search_says_whether_anything_beats_plain_halving(reached, plain, text):
+def test_a_search_says_whether_anything_beats_plain_halving(others, plain, text):
+    reached = [*others, *([] if plain is None else [plain])]
     document = {"reached": reached, "plain_halving": plain, "cost": "kd-sscd", "target_reduction": 0.8}
     assert search_sentence(document) == text
 

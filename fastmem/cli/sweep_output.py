@@ -125,7 +125,7 @@ def search_sentence(document: dict[str, Any]) -> str:
     plain, reached = document["plain_halving"], document["reached"]
     if plain is None:
         goal = f"a reduction of {document['target_reduction']:.0%}"
-        return f"halving by UnitMem does not reach {goal}, {len(reached)} other edits do"
+        return f"halving by UnitMem does not reach {goal}; other edits that do: {len(reached)}"
     start = (
         f"halving by UnitMem takes {percent(plain['fraction'])} of all units and costs "
         f"{interval_text(plain['confirmation']['cost'])} of {document['cost']}"
@@ -139,7 +139,7 @@ def search_sentence(document: dict[str, Any]) -> str:
         "surely at most half" if halved["high"] <= 0 else "surely more than half" if halved["low"] > 0 else "about half"
     )
     return (
-        f"{start}; {len(beating)} edits surely cost less, the cheapest "
+        f"{start}; edits that surely cost less: {len(beating)}, the cheapest "
         f"{interval_text(best['confirmation']['cost'])}, {verdict}: {row_of(best).title}"
     )
 
