@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,9 @@ import torch
 # without a GPU Triton's kernels run in its interpreter, which has to be said before anything imports triton
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+# a shell ignores Ctrl-C for what it starts in the background, and children inherit that: tests of interrupts need it
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from fastmem import ArraySource, assemble
 from fastmem.models.maskgit_vqgan import MaskGITVQGAN, MaskGITVQGANConfig
