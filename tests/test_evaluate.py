@@ -397,6 +397,15 @@ def test_inception_metrics_are_those_of_their_definitions():
     assert (found.metrics["precision"], found.metrics["recall"]) == (precision, recall)
 
 
+def test_precision_and_recall_of_many_images_take_them_evenly(monkeypatch):
+    samples, real = some_features(40, 0), some_features(100, 1, 0.5)
+    monkeypatch.setattr("fastmem.quality.features.MOST_PAIRED", 50)
+    found = InceptionFeatures.compare(Sized(), samples, Reference("real", "", real))
+    assert "precision and recall over 50 of 100 images of the reference, evenly spread" in found.notes
+    sides = (torch.from_numpy(vectors) for vectors in (samples.vectors, real.vectors[spread(100, 50)]))
+    assert (found.metrics["precision"], found.metrics["recall"]) == calculate_precision_recall_full(*sides)
+
+
 def test_metrics_without_images_enough_are_left_out_and_named():
     few = InceptionFeatures.compare(Sized(), some_features(3, 0), Reference("real", "", some_features(50, 1)))
     assert set(few.metrics) == {"kid", "kid-low", "kid-high"}

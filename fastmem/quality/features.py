@@ -20,7 +20,7 @@ from fastmem.quality.kernel import kernel_distance
 from fastmem.quality.losses import spread
 
 SCHEMA = "fastmem.features/1"
-# a kernel distance is over all pairs: of more images it would take petaflops and tell no more
+# what is over all pairs of images would take petaflops with more, and tell no more
 MOST_PAIRED = 50_000
 
 
@@ -142,15 +142,21 @@ def compare_by_kernel(name: str, samples: Features, reference: Reference, scale:
     """
     if reference.features is None:
         return Comparison({}, (f"no {name}: {reference.description} holds no features of single images",))
-    sides = (samples, reference.features)
-    taken = [side.vectors[spread(len(side), MOST_PAIRED)] * np.float32(scale) for side in sides]
+    sides, notes = thinned(name, samples, reference.features)
     try:
-        found = kernel_distance(*taken)
+        found = kernel_distance(*(vectors * np.float32(scale) for vectors in sides))
     except UsageError as error:
         return Comparison({}, (f"no {name}: {error}",))
+    return Comparison({name: found.value, f"{name}-low": found.low, f"{name}-high": found.high}, notes)
+
+
+def thinned(name: str, samples: Features, reference: Features) -> tuple[tuple[np.ndarray, np.ndarray], tuple[str, ...]]:
+    """Vectors of at most ``MOST_PAIRED`` images of each side, evenly spread, and a sentence for each that had more."""
+    sides = {"samples": samples, "reference": reference}
     notes = tuple(
         f"{name} over {MOST_PAIRED:,} of {len(side):,} images of the {what}, evenly spread"
-        for side, what in zip(sides, ("samples", "reference"), strict=True)
+        for what, side in sides.items()
         if len(side) > MOST_PAIRED
     )
-    return Comparison({name: found.value, f"{name}-low": found.low, f"{name}-high": found.high}, notes)
+    mine, theirs = (side.vectors[spread(len(side), MOST_PAIRED)] for side in sides.values())
+    return (mine, theirs), notes

@@ -12,7 +12,7 @@ import torch
 from fastmem.errors import InputFileError, UsageError
 from fastmem.models.checkpoints import read_state, resolve_device
 from fastmem.models.registry import home
-from fastmem.quality.features import Comparison, Features, Reference, compare_by_kernel
+from fastmem.quality.features import Comparison, Features, Reference, compare_by_kernel, thinned
 from fastmem.quality.frechet import FeatureMoments, Gaussian, frechet_distance
 from fastmem.quality.kernel import SUBSET_SIZE, kernel_subsets
 
@@ -169,6 +169,6 @@ def _precision_and_recall(samples: Features, reference: Reference) -> Comparison
         )
     from torch_fidelity.metric_prc import calculate_precision_recall_part
 
-    sides = (torch.from_numpy(features.vectors) for features in (samples, reference.features))
-    precision, recall = calculate_precision_recall_part(*sides, NEIGHBOURS, DISTANCE_ROWS)
-    return Comparison({"precision": precision, "recall": recall})
+    sides, notes = thinned("precision and recall", samples, reference.features)
+    precision, recall = calculate_precision_recall_part(*map(torch.from_numpy, sides), NEIGHBOURS, DISTANCE_ROWS)
+    return Comparison({"precision": precision, "recall": recall}, notes)

@@ -125,6 +125,7 @@ def _extract_part(
     parts = []
     for asked, batch in zip(batches, load_views(source, manifest, batches, recipe, workers), strict=True):
         if len(batch.positions):
-            parts.append(extractor(batch.views[:, 0].numpy()))
+            # logits make the inception score, which is of samples alone
+            parts.append(Features(extractor(batch.views[:, 0].numpy()).vectors))
         advance(len(asked))
     return Features.join(parts) if parts else Features(np.empty((0, extractor.dimensions), np.float32))
