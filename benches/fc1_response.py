@@ -44,7 +44,7 @@ def measure(images: int, positions: int, width: int, units: int, gelu: str, span
 
 
 def main() -> None:
-    require_green(["tests/test_backends.py"])
+    require_green(["tests/backends/test_backends.py"])
     slow = []
     for name, *layer in LAYERS:
         over_limit, over_torch = measure(*layer)

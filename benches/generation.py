@@ -130,7 +130,7 @@ def report(blocks: int, found: Ratio, step: float) -> None:
 
 
 def main() -> None:
-    require_green(["tests/test_rar.py", "tests/test_parity.py"])
+    require_green(["tests/models/test_rar.py", "tests/models/test_parity.py"])
     found, step = measure(BLOCKS, 30)
     report(BLOCKS, found, step)
     report(ALL_BLOCKS, *measure(ALL_BLOCKS, None))

@@ -87,7 +87,7 @@ def measure(way: str, views: int, folder: Path) -> tuple[float, float, Tensor]:
 def main() -> None:
     import tempfile
 
-    require_green(["tests/test_stats.py", "tests/test_backends.py"])
+    require_green(["tests/stats/test_stats.py", "tests/backends/test_backends.py"])
     peaks = {}
     with tempfile.TemporaryDirectory() as folder:
         for views in COUNTS:

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 from rows import append_row
 
-from fastmem.extraction import store
-from fastmem.extraction.embedding import DIMENSIONS
-from fastmem.extraction.index import EmbeddingIndex
-from fastmem.extraction.index_files import write_index
+from fastmem.index import faiss_index
+from fastmem.index.embedding import DIMENSIONS
+from fastmem.index.files import write_index
+from fastmem.index.search import EmbeddingIndex
 
 COUNT, START, MIDDLE, CLUSTERS, QUERIES, BLOCK = 1_281_167, 80_000, 320_000, 10_000, 5_000, 65_536
 EFFORTS = {"HNSW32": (16, 32, 64, 128, 256), "IVF1024,Flat": (1, 4, 16, 64)}
@@ -73,7 +73,7 @@ def add(index: Any, vectors: np.ndarray) -> float:
     """Add vectors in blocks; returns the seconds."""
     started = time.monotonic()
     for start in range(0, len(vectors), BLOCK):
-        store.add(index, vectors[start : start + BLOCK])
+        faiss_index.add(index, vectors[start : start + BLOCK])
     return time.monotonic() - started
 
 
@@ -87,12 +87,12 @@ def save(folder: Path, index: Any) -> float:
 
 def measure_exact(vectors: np.ndarray, folder: Path) -> None:
     """Growth from 80,000 to all, loading, and exact search; then the bounds."""
-    index = store.new_index("Flat")
+    index = faiss_index.new_index("Flat")
     record("exact: build", START, add(index, vectors[:START]))
     record("exact: write", START, save(folder, index))
     before = EmbeddingIndex(folder, "cpu").header
     started = time.monotonic()
-    index = store.read(folder / before.vectors_file, before.count, before.bytes, in_memory=True)
+    index = faiss_index.read(folder / before.vectors_file, before.count, before.bytes, in_memory=True)
     add(index, vectors[START:])
     save(folder, index)
     record("exact: grow from 80,000, read to written", COUNT, time.monotonic() - started)
@@ -116,17 +116,17 @@ def measure_exact(vectors: np.ndarray, folder: Path) -> None:
 
 def measure_curve(factory: str, vectors: np.ndarray) -> float:
     """Build time, and recall and time of a search by effort; returns the build's seconds."""
-    index = store.new_index(factory)
+    index = faiss_index.new_index(factory)
     started = time.monotonic()
     if not index.is_trained:
-        store.train(index, vectors[store.training_rows(len(vectors), 0)])
+        faiss_index.train(index, vectors[faiss_index.training_rows(len(vectors), 0)])
         record(f"{factory}: train", len(vectors), time.monotonic() - started)
     building = add(index, vectors)
     record(f"{factory}: add", len(vectors), building)
     queries, rows, cosines = plant(vectors)
     queries, rows = queries[cosines >= SURE], rows[cosines >= SURE]
     for effort in EFFORTS[factory]:
-        store.set_effort(index, effort)
+        faiss_index.set_effort(index, effort)
         started = time.monotonic()
         found = index.search(queries, 1)[1][:, 0]
         seconds = time.monotonic() - started

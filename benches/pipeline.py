@@ -27,7 +27,7 @@ from fastmem import FolderSource, ScoreResult, assemble, score
 from fastmem.data.views import TenCrop
 from fastmem.models.maskgit_vqgan import MaskGITVQGAN, MaskGITVQGANConfig
 from fastmem.models.model import Model
-from fastmem.scoring.running import RunningSet
+from fastmem.scoring.running_set import RunningSet
 
 IMAGES, CLASSES, WIDTH, HEIGHT = 4, 2, 500, 375
 STAGES = ("decode", "views", "tokenizer", "transformer", "statistics")
@@ -105,7 +105,7 @@ def measure(name: str, model: Model, source: FolderSource, cache: Path | None) -
 
 
 def main() -> None:
-    require_green(["tests/test_token_cache.py", "tests/test_score.py"])
+    require_green(["tests/tokens/test_token_cache.py", "tests/scoring/test_score.py"])
     tokenizer = MaskGITVQGAN(MaskGITVQGANConfig())
     torch.nn.init.normal_(tokenizer.quantize.embedding.weight)
     model = assemble(build(ALL_BLOCKS), tokenizer)

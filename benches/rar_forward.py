@@ -122,7 +122,7 @@ def report(blocks: int, views: int, plain: Ratio, products: Ratio) -> None:
 
 
 def main() -> None:
-    require_green(["tests/test_rar.py", "tests/test_backends.py"])
+    require_green(["tests/models/test_rar.py", "tests/backends/test_backends.py"])
     plain, products = measure(BLOCKS, VIEWS, 30)
     report(BLOCKS, VIEWS, plain, products)
     report(ALL_BLOCKS, VIEWS, *measure(ALL_BLOCKS, VIEWS, None))

@@ -54,7 +54,14 @@ def passes() -> dict[str, tuple[RAR | VAR, Tensor, Tensor, list[tuple[int, int]]
 
 
 def main() -> None:
-    require_green(["tests/test_rar.py", "tests/test_var.py", "tests/test_backends.py", "tests/test_stats.py"])
+    require_green(
+        [
+            "tests/models/test_rar.py",
+            "tests/models/test_var.py",
+            "tests/backends/test_backends.py",
+            "tests/stats/test_stats.py",
+        ]
+    )
     slow = []
     for name, (network, given, labels, spans) in passes().items():
         ours = ScoringPass(network, given, labels, spans)

@@ -83,7 +83,7 @@ def multiplications(blocks: int, ours: bool) -> int:
 
 
 def main() -> None:
-    require_green(["tests/test_var.py"])
+    require_green(["tests/models/test_var.py"])
     torch.manual_seed(0)
     network = VAR(VARConfig(depth=BLOCKS, hidden_size=WIDTH, num_heads=HEADS)).eval().requires_grad_(False)
     length, backend = network.bounds[-1], choose_backend("auto", torch.device("cpu"))

@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from fastmem.mitigation.scaling import Edit, scale_units
     from fastmem.models.checkpoints import assemble, load_model
     from fastmem.models.registry import model_names
+    from fastmem.ranking.gap import gap
+    from fastmem.ranking.ownership import owners
+    from fastmem.ranking.reliability import reliability
+    from fastmem.ranking.selection import Selection, select
     from fastmem.scoring import ScoreResult, responses, score
-    from fastmem.scoring.gap import gap
     from fastmem.scoring.membership import membership
-    from fastmem.scoring.ownership import owners
-    from fastmem.scoring.reliability import reliability
-    from fastmem.scoring.selection import Selection, select
     from fastmem.stats import UnitStats
 
 __version__ = "0.1.0"
@@ -34,23 +34,23 @@ _HOMES = {
     "FolderSource": "fastmem.data.sources",
     "InputFileError": "fastmem.errors",
     "ScoreResult": "fastmem.scoring",
-    "Selection": "fastmem.scoring.selection",
+    "Selection": "fastmem.ranking.selection",
     "UnitStats": "fastmem.stats",
     "UsageError": "fastmem.errors",
     "ZipSource": "fastmem.data.sources",
     "assemble": "fastmem.models.checkpoints",
     "attribution": "fastmem.mitigation.attribution",
     "embedded_source": "fastmem.data.sources",
-    "gap": "fastmem.scoring.gap",
+    "gap": "fastmem.ranking.gap",
     "load_model": "fastmem.models.checkpoints",
     "membership": "fastmem.scoring.membership",
     "model_names": "fastmem.models.registry",
-    "owners": "fastmem.scoring.ownership",
-    "reliability": "fastmem.scoring.reliability",
+    "owners": "fastmem.ranking.ownership",
+    "reliability": "fastmem.ranking.reliability",
     "responses": "fastmem.scoring",
     "scale_units": "fastmem.mitigation.scaling",
     "score": "fastmem.scoring",
-    "select": "fastmem.scoring.selection",
+    "select": "fastmem.ranking.selection",
 }
 
 __all__ = [

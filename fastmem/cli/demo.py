@@ -5,7 +5,6 @@ from __future__ import annotations
 import click
 
 from fastmem.cli.extract import choose_judge, run_extraction
-from fastmem.cli.opening import open_run
 from fastmem.cli.options import say
 from fastmem.cli.score import command as score_command
 from fastmem.data.manifest import Manifest
@@ -13,13 +12,14 @@ from fastmem.demo.controls import format_membership, format_ownership, membershi
 from fastmem.demo.extraction import ALL_IMAGES, extraction_by_dose, format_extraction, totals
 from fastmem.demo.memorisation import an_eighth, dose_table, format_table
 from fastmem.errors import UsageError
-from fastmem.extraction.embedding import PUBLISHED_SIZE
-from fastmem.extraction.index import EmbeddingIndex
-from fastmem.extraction.indexing import build_index
 from fastmem.extraction.verdicts import SSCDJudge
+from fastmem.index.build import build_index
+from fastmem.index.embedding import PUBLISHED_SIZE
+from fastmem.index.search import EmbeddingIndex
 from fastmem.models.checkpoints import load_model
 from fastmem.models.registry import entries
-from fastmem.runs import RunFolder
+from fastmem.runs.folder import RunFolder
+from fastmem.stages.opened_run import open_run
 
 
 @click.command("demo")

@@ -35,7 +35,7 @@ def examine() -> dict[str, Any]:
 
     from fastmem.backends import native
     from fastmem.backends.select import choose_backend
-    from fastmem.extraction.embedding import locate
+    from fastmem.index.embedding import locate
     from fastmem.models.checkpoints import resolve_device
     from fastmem.quality.inception import locate_inception
 
@@ -82,7 +82,7 @@ def _faiss() -> str | None:
     import faiss
     import torch
 
-    from fastmem.extraction.nearest import gpu_problem
+    from fastmem.index.nearest import gpu_problem
 
     if not torch.cuda.is_available():
         return f"{faiss.__version__} on the CPU"

@@ -10,10 +10,8 @@ from typing import Any
 import click
 import numpy as np
 
-from fastmem.cli.opening import CAUTION, OpenedRun, open_run, run_options
 from fastmem.cli.options import JSON, print_json, say
 from fastmem.cli.progress import duration, image_progress, size
-from fastmem.cli.quality_inputs import choose_extractors, find_references
 from fastmem.data.sources import embedded_source
 from fastmem.files import read_json, write_json
 from fastmem.models.registry import find_entry
@@ -23,6 +21,8 @@ from fastmem.quality.inception import fetch_inception
 from fastmem.quality.losses import MOST_IMAGES, TrueImages, read_true_images
 from fastmem.quality.samples import BATCH
 from fastmem.quality.sampling import EvaluationPlan, EvaluationReporter, EvaluationSettings
+from fastmem.stages.opened_run import CAUTION, OpenedRun, open_run, run_options
+from fastmem.stages.quality_inputs import choose_extractors, find_references
 
 SCHEMA = "fastmem.evaluation/1"
 PUBLISHED_SAMPLES, EMBEDDED_PER_CLASS = 50_000, 10

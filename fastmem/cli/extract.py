@@ -13,21 +13,21 @@ from typing import Any
 import click
 import numpy as np
 
-from fastmem.cli.opening import CAUTION, OpenedRun, open_run, run_options
 from fastmem.cli.options import JSON, print_json, say
 from fastmem.cli.progress import image_progress
 from fastmem.data.manifest import Manifest
-from fastmem.data.token_cache import AUTO, TokenCache
 from fastmem.errors import UsageError
 from fastmem.extraction.attack import BATCH_ROWS
 from fastmem.extraction.candidates import TOP_PER_CLASS, collect_losses
-from fastmem.extraction.embedding import PUBLISHED_SIZE, find_embedder
 from fastmem.extraction.extract import Extraction, ExtractReporter, check_prefixes, extract
-from fastmem.extraction.index import EmbeddingIndex
-from fastmem.extraction.indexing import default_index_folder
 from fastmem.extraction.verdicts import Count, Judge, SSCDJudge, TokenMatch
 from fastmem.files import read_json, write_json
+from fastmem.index.build import default_index_folder
+from fastmem.index.embedding import PUBLISHED_SIZE, find_embedder
+from fastmem.index.search import EmbeddingIndex
 from fastmem.report.extraction_report import describe, find_associations, write_verdicts
+from fastmem.stages.opened_run import CAUTION, OpenedRun, open_run, run_options
+from fastmem.tokens.cache import AUTO, TokenCache
 
 SCHEMA = "fastmem.extraction/1"
 JUDGES = ("auto", "sscd", "tokens")

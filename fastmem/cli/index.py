@@ -13,11 +13,11 @@ from fastmem.cli.options import JSON, print_json, say
 from fastmem.cli.progress import duration, image_progress, size
 from fastmem.data.sources import ImageSource, embedded_source, open_source
 from fastmem.errors import FastmemError, UsageError
-from fastmem.extraction.embedding import PUBLISHED_SIZE, find_embedder
-from fastmem.extraction.index_files import IndexHeader
-from fastmem.extraction.indexing import IndexPlan, IndexReporter, build_index
-from fastmem.extraction.merging import merge_indexes
-from fastmem.extraction.store import EXACT
+from fastmem.index.build import IndexPlan, IndexReporter, build_index
+from fastmem.index.embedding import PUBLISHED_SIZE, find_embedder
+from fastmem.index.faiss_index import EXACT
+from fastmem.index.files import IndexHeader
+from fastmem.index.merge import merge_indexes
 
 
 @click.command("index")

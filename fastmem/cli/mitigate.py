@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from fastmem.cli.extract import candidate_scores
-from fastmem.cli.opening import CAUTION, OpenedRun, open_run, run_options
 from fastmem.cli.options import JSON, print_json, say
 from fastmem.errors import UsageError
 from fastmem.mitigation.attribution import (
@@ -25,7 +24,8 @@ from fastmem.mitigation.attribution import (
 )
 from fastmem.mitigation.edit_file import EditPlan, edit_path
 from fastmem.mitigation.edited_checkpoint import check_checkpoint_path, save_checkpoint
-from fastmem.scoring.selection import SELECTIONS, Selection, select
+from fastmem.ranking.selection import SELECTIONS, Selection, select
+from fastmem.stages.opened_run import CAUTION, OpenedRun, open_run, run_options
 
 ATTRIBUTION = "attribution"
 CHOICES = (*(by for by in SELECTIONS if by != "scores"), ATTRIBUTION)

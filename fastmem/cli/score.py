@@ -16,7 +16,7 @@ from fastmem.models.checkpoints import load_model
 from fastmem.models.model import Model
 from fastmem.models.registry import find_entry
 from fastmem.report.score_report import ScoreFindings, write_report
-from fastmem.runs import RunFolder, RunInputs, default_folder
+from fastmem.runs.folder import RunFolder, RunInputs, default_folder
 from fastmem.scoring import ScoreResult, score
 
 PRINTED_UNITS = 10

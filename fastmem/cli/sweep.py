@@ -10,17 +10,17 @@ import click
 
 from fastmem.cli.extract import choose_judge
 from fastmem.cli.mitigate import parse_share
-from fastmem.cli.opening import CAUTION, open_run, run_options
 from fastmem.cli.options import JSON, print_json, say
 from fastmem.cli.sweep_output import print_document
-from fastmem.cli.sweep_work import choose_cost, identify, prepare_bench, run_again, run_plan, run_search
 from fastmem.errors import UsageError
 from fastmem.extraction.candidates import TOP_PER_CLASS
-from fastmem.extraction.embedding import PUBLISHED_SIZE
 from fastmem.extraction.verdicts import SSCDJudge
 from fastmem.files import write_json
+from fastmem.index.embedding import PUBLISHED_SIZE
 from fastmem.quality.samples import BATCH
-from fastmem.runs import RunFolder
+from fastmem.runs.folder import RunFolder
+from fastmem.stages.opened_run import CAUTION, open_run, run_options
+from fastmem.stages.sweep import choose_cost, identify, prepare_bench, run_again, run_plan, run_search
 from fastmem.sweep.findings import COSTS, SAMPLED_COST
 from fastmem.sweep.plan import ATTRIBUTION, SELECTED, Row, SweepSettings, percent, plan_rows
 from fastmem.sweep.prepare import BenchSettings

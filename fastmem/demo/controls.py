@@ -10,11 +10,11 @@ import numpy as np
 from fastmem.data.manifest import Manifest
 from fastmem.demo.doses import groups
 from fastmem.demo.memorisation import DOSE_FILE
+from fastmem.ranking.ownership import GroupShare, group_shares, owned_units, owners, pooled_owned
+from fastmem.ranking.selection import select
 from fastmem.report.markdown import markdown_table
 from fastmem.scoring import ScoreResult
 from fastmem.scoring.membership import Membership, membership
-from fastmem.scoring.ownership import GroupShare, group_shares, owned_units, owners, pooled_owned
-from fastmem.scoring.selection import select
 
 FRACTION = 0.05
 HELDOUT = "held-out"

@@ -17,13 +17,13 @@ from torch import Tensor
 from fastmem.data.loading import load_views
 from fastmem.data.manifest import Manifest
 from fastmem.data.sources import ImageSource
-from fastmem.data.token_cache import TokenCache
-from fastmem.data.tokens import tokens_of
 from fastmem.errors import UsageError
 from fastmem.files import read_tensors, write_tensors
 from fastmem.models.model import Model, to_unit_range
-from fastmem.runs import Interruption
+from fastmem.runs.folder import Interruption
 from fastmem.scoring.image_losses import ImageLosses
+from fastmem.tokens.cache import TokenCache
+from fastmem.tokens.encoding import tokens_of
 
 TOP_PER_CLASS = 5
 BATCH_IMAGES = 16

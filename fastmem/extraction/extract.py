@@ -20,8 +20,6 @@ from fastmem.data.sources import ImageSource
 from fastmem.errors import UsageError
 from fastmem.extraction.attack import BATCH_ROWS, attack, token_match
 from fastmem.extraction.candidates import TOP_PER_CLASS, Targets, find_targets, highest_per_class
-from fastmem.extraction.embedding import embed
-from fastmem.extraction.index import EmbeddingIndex
 from fastmem.extraction.verdicts import (
     Judge,
     SSCDJudge,
@@ -32,8 +30,10 @@ from fastmem.extraction.verdicts import (
     groups_by_tokens,
 )
 from fastmem.files import read_tensors, write_tensors
+from fastmem.index.embedding import embed
+from fastmem.index.search import EmbeddingIndex
 from fastmem.models.model import Model
-from fastmem.runs import Interruption
+from fastmem.runs.folder import Interruption
 
 UNIT_SCHEMA = "fastmem.extraction-unit/1"
 UNIT_TARGETS = 32

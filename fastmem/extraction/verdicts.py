@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastmem.extraction.attack import token_match
 from fastmem.extraction.candidates import Targets
-from fastmem.extraction.embedding import DIMENSIONS, Embedder, embed
+from fastmem.index.embedding import DIMENSIONS, Embedder, embed
 from fastmem.models.model import Model
 
 # published for SSCD (arXiv 2502.02514); of tokens this share has to be right

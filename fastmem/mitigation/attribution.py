@@ -26,7 +26,7 @@ from fastmem.data.sources import ImageSource
 from fastmem.errors import InputFileError, UsageError
 from fastmem.extraction.candidates import TOP_PER_CLASS, find_targets, highest_per_class
 from fastmem.models.model import Model
-from fastmem.scoring.selection import Selection, select
+from fastmem.ranking.selection import Selection, select
 from fastmem.stats import UnitStats
 
 BATCH_IMAGES = 8

@@ -15,8 +15,8 @@ from fastmem.errors import InputFileError, UsageError
 from fastmem.files import read_tensors, write_tensors
 from fastmem.mitigation.scaling import Edit, check_units, scale_units
 from fastmem.models.model import Model
-from fastmem.runs import RunFolder
-from fastmem.scoring.selection import Selection
+from fastmem.ranking.selection import Selection
+from fastmem.runs.folder import RunFolder
 
 SCHEMA = "fastmem.edit/1"
 # what a file's header says, with the types that it must have

@@ -13,8 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from fastmem.errors import UsageError
-from fastmem.extraction.embedding import DIMENSIONS, Embedder, embed
 from fastmem.files import read_tensors, write_tensors
+from fastmem.index.embedding import DIMENSIONS, Embedder, embed
 from fastmem.quality.frechet import Gaussian
 from fastmem.quality.kernel import kernel_distance
 from fastmem.quality.losses import spread

@@ -14,7 +14,7 @@ from fastmem.errors import UsageError
 from fastmem.models.model import Model
 from fastmem.quality.features import FeatureExtractor, Features, to_bytes
 from fastmem.quality.samples import BATCH, SampleFolder, sample_shard
-from fastmem.runs import Interruption
+from fastmem.runs.folder import Interruption
 
 # a probe of this many samples tells the speed of a CPU; a GPU is not full before a whole shard
 PROBE = 8

@@ -14,7 +14,7 @@ from fastmem.data.sources import ImageSource
 from fastmem.extraction.extract import Extraction
 from fastmem.extraction.verdicts import Count
 from fastmem.models.model import Model
-from fastmem.report.pictures import HELDOUT, INK, TRAIN, draw_image, save_picture, shorten
+from fastmem.report.score_pictures import HELDOUT, INK, TRAIN, draw_image, save_picture, shorten
 
 SHOWN = 12
 

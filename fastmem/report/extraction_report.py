@@ -13,9 +13,9 @@ from fastmem.extraction.association import Association, associate
 from fastmem.extraction.extract import Extraction, Verdicts
 from fastmem.extraction.verdicts import Count
 from fastmem.files import write_atomically
+from fastmem.ranking.ownership import owned_units, owners
+from fastmem.ranking.selection import find_matched, select
 from fastmem.report.score_report import FRACTION, RANKINGS
-from fastmem.scoring.ownership import owned_units, owners
-from fastmem.scoring.selection import find_matched, select
 from fastmem.stats import UnitStats
 
 BINS = np.round(np.linspace(-1, 1, 41), 2)

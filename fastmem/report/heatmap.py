@@ -8,8 +8,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
-from fastmem.report.pictures import INK, save_picture
-from fastmem.scoring.selection import find_matched, ranked_segments
+from fastmem.ranking.selection import find_matched, ranked_segments
+from fastmem.report.score_pictures import INK, save_picture
 from fastmem.stats import UnitStats
 
 # cells with numbers in them get too small to read above this many columns

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from fastmem.models.model import Model
 from fastmem.quality.features import to_bytes
 from fastmem.quality.samples import SampleFolder
-from fastmem.report.pictures import INK, save_picture, shorten
+from fastmem.report.score_pictures import INK, save_picture, shorten
 
 CLASSES, COLUMNS = 8, 8
 

@@ -12,15 +12,15 @@ from fastmem.data.manifest import Manifest
 from fastmem.data.sources import ImageSource
 from fastmem.files import write_json
 from fastmem.models.model import Model
-from fastmem.report.images import write_image_table
-from fastmem.report.units import TopUnit, names_by_id, top_units, write_unit_table
-from fastmem.runs import RESULT_SCHEMA, RunFolder
+from fastmem.ranking.gap import Gap, gap
+from fastmem.ranking.ownership import owned_units, owners
+from fastmem.ranking.reliability import Reliability, reliability
+from fastmem.ranking.selection import find_matched, select
+from fastmem.report.image_table import write_image_table
+from fastmem.report.unit_table import TopUnit, names_by_id, top_units, write_unit_table
+from fastmem.runs.folder import RESULT_SCHEMA, RunFolder
 from fastmem.scoring import ScoreResult
-from fastmem.scoring.gap import Gap, gap
 from fastmem.scoring.membership import Membership, membership
-from fastmem.scoring.ownership import owned_units, owners
-from fastmem.scoring.reliability import Reliability, reliability
-from fastmem.scoring.selection import find_matched, select
 from fastmem.stats import UnitStats
 
 SHEET_UNITS = 16
@@ -96,7 +96,7 @@ def write_report(
     """
     # drawing loads matplotlib, which the pass does not need
     from fastmem.report.heatmap import draw_unitmem_heatmap
-    from fastmem.report.pictures import draw_contact_sheet, draw_train_against_heldout, draw_unitmem_by_block
+    from fastmem.report.score_pictures import draw_contact_sheet, draw_train_against_heldout, draw_unitmem_by_block
 
     stats, heldout, path = result.train, result.heldout, folder.path
     splits = ["train"] if heldout is None else ["train", "heldout"]

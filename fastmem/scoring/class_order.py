@@ -7,10 +7,10 @@ import torch
 
 from fastmem.data.manifest import Manifest
 from fastmem.data.sources import ImageSource
-from fastmem.data.token_cache import TokenCache
-from fastmem.data.tokens import tokens_of
 from fastmem.errors import UsageError
 from fastmem.models.model import Model
+from fastmem.tokens.cache import TokenCache
+from fastmem.tokens.encoding import tokens_of
 
 IMAGES = 64
 BATCH = 16

@@ -16,19 +16,19 @@ from fastmem.backends.select import Backend, choose_backend
 from fastmem.data.decoding import Skipped
 from fastmem.data.manifest import FOLDS, Manifest, WorkUnit
 from fastmem.data.sources import ImageSource
-from fastmem.data.token_cache import TokenCache
-from fastmem.data.tokens import tokens_of
 from fastmem.data.views import Joined
 from fastmem.files import read_json, read_tensors, write_json, write_tensors
 from fastmem.models.model import Model
-from fastmem.runs import Interruption, RunFolder, check_writable
+from fastmem.runs.folder import Interruption, RunFolder, check_writable
 from fastmem.scoring.class_order import check_class_order, check_labels
 from fastmem.scoring.image_losses import ImageLosses
-from fastmem.scoring.running import RunningSet, Seen, as_rows, from_rows
+from fastmem.scoring.running_set import RunningSet, Seen, as_rows, from_rows
 from fastmem.scoring.settings import BATCH_VIEWS, Reporter, ScorePlan, ScoreSettings, TokenPlan
 from fastmem.stats import StatsBuilder, UnitStats
 from fastmem.stats.accumulators import LARGEST
 from fastmem.stats.storage import row_folder
+from fastmem.tokens.cache import TokenCache
+from fastmem.tokens.encoding import tokens_of
 
 STATE_SCHEMA = "fastmem.score-state/2"
 SKIPPED_SCHEMA = "fastmem.skipped/1"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastmem.sweep.compare import (
+from fastmem.sweep.bootstrap import (
     Difference,
     Outcomes,
     equal_quality,

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
 from fastmem.errors import UsageError
-from fastmem.scoring.selection import CONTROLS, MERGES, SCOPES, SELECTIONS
+from fastmem.ranking.selection import CONTROLS, MERGES, SCOPES, SELECTIONS
 
 HALVED = 0.5
 FRACTIONS = (0.01, 0.02, 0.05, 0.10, 0.20)

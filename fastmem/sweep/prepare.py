@@ -23,7 +23,7 @@ from fastmem.quality.losses import TrueImages, mean_losses, read_true_images
 from fastmem.quality.reference import read_reference
 from fastmem.quality.samples import BATCH
 from fastmem.stats import UnitStats
-from fastmem.sweep.bench import ModelBench, UnitChooser
+from fastmem.sweep.model_bench import ModelBench, UnitChooser
 from fastmem.sweep.targets import TargetSet
 
 # seeds of rows are below it

@@ -16,7 +16,6 @@ import torch
 
 from fastmem.data.manifest import Manifest
 from fastmem.data.sources import ImageSource
-from fastmem.data.token_cache import TokenCache
 from fastmem.data.views import Views
 from fastmem.extraction.attack import attack
 from fastmem.extraction.candidates import Targets, collect_losses, find_targets, highest_per_class
@@ -26,8 +25,9 @@ from fastmem.mitigation.scaling import Units, scale_units
 from fastmem.models.model import Model, to_unit_range
 from fastmem.scoring.image_losses import ImageLosses
 from fastmem.sweep.plan import Row
-from fastmem.sweep.rescale import SuspectRows, find_rows_scaled_by, find_small_rows
+from fastmem.sweep.row_norms import SuspectRows, find_rows_scaled_by, find_small_rows
 from fastmem.sweep.table import RowUnavailable
+from fastmem.tokens.cache import TokenCache
 
 SCHEMA = "fastmem.re-attack/1"
 # shares of an image's tokens: one shorter than the ladder's longest prefix, which is about an eighth, and two longer

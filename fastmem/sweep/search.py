@@ -20,7 +20,7 @@ import numpy as np
 from scipy import stats
 
 from fastmem.errors import UsageError
-from fastmem.sweep.compare import LEVEL, holm
+from fastmem.sweep.bootstrap import LEVEL, holm
 from fastmem.sweep.plan import ATTRIBUTION, HALVED, NO_EDIT, Row
 from fastmem.sweep.table import Measured, Table, mean_of
 from fastmem.sweep.targets import TargetSet

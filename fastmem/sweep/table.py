@@ -14,7 +14,7 @@ import torch
 
 from fastmem.errors import UsageError
 from fastmem.files import read_tensors, write_tensors
-from fastmem.runs import Interruption
+from fastmem.runs.folder import Interruption
 from fastmem.sweep.plan import NO_EDIT, Row
 
 SCHEMA = "fastmem.sweep-row/2"

@@ -1,0 +1,294 @@
+"""Making and extending an index: images are embedded as their source decodes them, and what is done is never lost.
+
+Vectors go to numbered files in pending/ that hold their own ids and names; files end between batches, so a run that was
+killed goes on with the batches it would have had. At the end they are folded into the index in order.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastmem.data.loading import load_views
+from fastmem.data.manifest import Manifest
+from fastmem.data.sources import ImageSource
+from fastmem.errors import InputFileError, UsageError
+from fastmem.files import read_json, write_json
+from fastmem.index import faiss_index
+from fastmem.index.embedding import DIMENSIONS, Embedder, SquareResize
+from fastmem.index.files import (
+    IndexHeader,
+    check_same_embedder,
+    read_header,
+    read_images,
+    remove_leftovers,
+    write_index,
+)
+from fastmem.index.pending import PendingPart, read_pending
+from fastmem.models.registry import home
+from fastmem.runs.folder import Interruption, check_writable
+
+BUILD_SCHEMA = "fastmem.index-build/1"
+FOLD_BLOCK = 16_384
+
+
+@dataclass(frozen=True)
+class IndexPlan:
+    """What a pass will take: images to embed, images that have a row already, bytes on disk, seconds where measured."""
+
+    embedder: str
+    images: int
+    known: int
+    disk_bytes: int
+    seconds: float | None
+
+
+@dataclass(frozen=True)
+class IndexReporter:
+    """Whom a pass tells about itself; the defaults are silent. planned: before it; advance: images done."""
+
+    planned: Callable[[IndexPlan], None] = field(default=lambda plan: None)
+    advance: Callable[[int], None] = field(default=lambda images: None)
+
+
+@dataclass(frozen=True)
+class IndexResult:
+    """A finished index: its folder and header, and the images embedded and seconds taken by this call."""
+
+    path: Path
+    header: IndexHeader
+    embedded: int
+    seconds: float
+
+
+def default_index_folder(manifest: Manifest, embedder: Embedder) -> Path:
+    """Where an image set's index lies unless it is named: one per set and embedder, below FASTMEM_HOME."""
+    return home() / "indexes" / f"{embedder.name}-{manifest.hash[:16]}"
+
+
+def build_index(
+    source: ImageSource,
+    embedder: Embedder,
+    out: str | Path | None = None,
+    *,
+    factory: str | None = None,
+    resume: bool = False,
+    batch_size: int | None = None,
+    workers: int | None = None,
+    seed: int = 0,
+    reporter: IndexReporter | None = None,
+) -> IndexResult:
+    """Embed every image of ``source`` and make the index of the set, or extend one by the images that it lacks.
+
+    out: its folder; None takes the set's own below FASTMEM_HOME, which is used again when it is there. factory: faiss's
+    string, by default the index's own, and exact (``Flat``) for a new one. resume: go on where a run was interrupted,
+    or extend what is there. batch_size: images of one call of the embedder; workers: decoding processes; seed: of the
+    images an approximate index is trained and measured on.
+
+    Raises: UsageError where ``out`` holds an index and ``resume`` is off, one of another embedder or factory, or cannot
+    be written, or where there are fewer images than the factory has cells; InputFileError where not one image can be
+    read or a file of the index is damaged. KeyboardInterrupt keeps what was finished.
+    """
+    manifest = Manifest.build(source)
+    folder = Path(out) if out is not None else default_index_folder(manifest, embedder)
+    if batch_size is not None and batch_size < 1:
+        raise UsageError(f"expected a batch size of at least 1 image, got {batch_size}")
+    check_writable(folder)
+    header = _existing(folder, embedder, resume or out is None)
+    build = _Build(folder, embedder, header, _agree_on_factory(folder, header, factory, len(manifest)), seed)
+    return build.run(source, manifest, batch_size or embedder.batch_size, workers, reporter or IndexReporter())
+
+
+def _existing(folder: Path, embedder: Embedder, resume: bool) -> IndexHeader | None:
+    """The header of the index in a folder, None where there is none yet; checks that it may be gone on with."""
+    header = read_header(folder) if (folder / "index.json").exists() else None
+    started = (folder / "pending" / "build.json").exists()
+    if (header or started) and not resume:
+        raise UsageError(
+            f"expected a new folder for the index, got {folder}, which holds one: continue or extend it with --resume, "
+            "or choose another --out"
+        )
+    if header is not None:
+        check_same_embedder(folder, header, embedder.name, embedder.digest)
+    return header
+
+
+def _agree_on_factory(folder: Path, header: IndexHeader | None, factory: str | None, images: int) -> str:
+    """The factory of the index there, or the one asked for, now or before an interruption.
+
+    Raises: UsageError where that of a finished index differs, or where it cannot be used.
+    """
+    file = folder / "pending" / "build.json"
+    if header is not None:
+        if factory not in (None, header.factory):
+            raise UsageError(
+                f"expected --factory {header.factory} as in the index {folder}, got {factory}: leave it out, or choose "
+                "another --out"
+            )
+        return header.factory
+    if factory is None and file.exists():
+        factory = str(read_json(file, BUILD_SCHEMA).get("factory"))
+    chosen = factory or faiss_index.EXACT
+    cells = getattr(faiss_index.new_index(chosen), "nlist", 1)
+    if images < cells:
+        raise UsageError(f"expected at least {cells} images for {cells} cells, got {images}: use fewer or Flat")
+    return chosen
+
+
+@dataclass
+class _Build:
+    folder: Path
+    embedder: Embedder
+    header: IndexHeader | None
+    factory: str
+    seed: int
+
+    def run(
+        self, source: ImageSource, manifest: Manifest, batch_size: int, workers: int | None, reporter: IndexReporter
+    ) -> IndexResult:
+        started = time.monotonic()
+        self.known = read_images(self.folder, self.header)[0] if self.header else np.empty(0, np.int64)
+        done, pending = self._pending()
+        left = np.flatnonzero(~np.isin(manifest.ids, np.concatenate([self.known, done])))
+        batches = [left[start : start + batch_size] for start in range(0, len(left), batch_size)]
+        reporter.planned(self._plan(source, manifest, batches, len(done) + len(self.known)))
+        if len(left):
+            write_json(self.folder / "pending" / "build.json", {"schema": BUILD_SCHEMA, "factory": self.factory})
+        # files of a finished index may be gone from among them, so the count is not the next number
+        number = 1 + max((int(path.stem) for path in pending), default=-1)
+        pending += self._embed(source, manifest, batches, number, workers, reporter)
+        if pending:
+            self.header = self._fold(pending, source, manifest)
+        else:
+            remove_leftovers(self.folder, self.header)
+        return IndexResult(self.folder, self.header, len(left), time.monotonic() - started)
+
+    def _pending(self) -> tuple[np.ndarray, list[Path]]:
+        """Ids that are done but not in the index, and their files; those that are in it already are dropped."""
+        files, done = [], [np.empty(0, np.int64)]
+        for path in sorted((self.folder / "pending").glob("*.safetensors")):
+            ids, _, header = read_pending(path, self.embedder)
+            if len(ids) and np.isin(ids, self.known).all():
+                path.unlink()
+                continue
+            files.append(path)
+            done += [ids, np.array(header["skipped_ids"], dtype=np.int64)]
+        return np.concatenate(done), files
+
+    def _plan(self, source: ImageSource, manifest: Manifest, batches: list[np.ndarray], known: int) -> IndexPlan:
+        """The size of the pass; the time from one batch that is embedded and thrown away."""
+        images, seconds = sum(map(len, batches)), None
+        if len(batches) > 4:
+            # the first call also allocates and chooses kernels, so the second is timed
+            self._probe(source, manifest, batches[0][:1])
+            started = time.monotonic()
+            self._probe(source, manifest, batches[0])
+            seconds = (time.monotonic() - started) / len(batches[0]) * images
+        disk = (2 * images + known) * DIMENSIONS * 4
+        return IndexPlan(self.embedder.name, images, known, disk, seconds)
+
+    def _probe(self, source: ImageSource, manifest: Manifest, positions: np.ndarray) -> None:
+        (batch,) = load_views(source, manifest, [positions], SquareResize(self.embedder.size), workers=0)
+        if len(batch.positions):
+            self.embedder(batch.views[:, 0].numpy())
+
+    def _embed(
+        self,
+        source: ImageSource,
+        manifest: Manifest,
+        batches: list[np.ndarray],
+        number: int,
+        workers: int | None,
+        reporter: IndexReporter,
+    ) -> list[Path]:
+        """Embed batches of manifest positions into new pending files, numbered from ``number``."""
+        files: list[Path] = []
+        part = PendingPart(manifest)
+
+        def save() -> None:
+            path = self.folder / "pending" / f"{number + len(files):06d}.safetensors"
+            files.append(part.save(path, self.embedder))
+
+        loaded = load_views(source, manifest, batches, SquareResize(self.embedder.size), workers)
+        with Interruption() as interruption:
+            for positions, batch in zip(batches, loaded, strict=True):
+                vectors = self.embedder(batch.views[:, 0].numpy()) if len(batch.positions) else None
+                part.take(positions, batch.positions, vectors, batch.skipped)
+                reporter.advance(len(positions))
+                if interruption.requested or part.is_due():
+                    save()
+                    part = PendingPart(manifest)
+                if interruption.requested:
+                    raise KeyboardInterrupt
+            if part.taken:
+                save()
+        return files
+
+    def _fold(self, files: list[Path], source: ImageSource, manifest: Manifest) -> IndexHeader:
+        """Put the pending vectors into the index, in order, and write it."""
+        ids, names, skipped = self._rows_before()
+        skipped |= {s.name: s.reason for s in source.skipped}
+        for path in files:
+            new, _, header = read_pending(path, self.embedder)
+            ids.append(new)
+            names += header["names"]
+            skipped |= {s["name"]: s["reason"] for s in header["skipped"]}
+        if not names:
+            # so that a run with mended files does not take them for done
+            shutil.rmtree(self.folder / "pending")
+            name, reason = next(iter(skipped.items()))
+            raise InputFileError(
+                f"expected images that can be read in {source.description}, got {len(skipped)} that cannot, the first "
+                f"{name} ({reason}): copy them again"
+            )
+        for name in names:
+            skipped.pop(name, None)
+        index = self._index_before()
+        if not index.is_trained:
+            faiss_index.train(index, self._training_vectors(files, [len(new) for new in ids]))
+        self._add(index, files)
+        manifests = dict.fromkeys((*(self.header.manifests if self.header else ()), manifest.hash))
+        identity = (self.embedder.name, self.embedder.digest)
+        return write_index(
+            self.folder, index, np.concatenate(ids), names, identity, self.factory, tuple(manifests), skipped, self.seed
+        )
+
+    def _add(self, index: Any, files: list[Path]) -> None:
+        """Add the pending vectors in blocks of one size.
+
+        A graph depends on what is added together, so it must not depend on where a run was interrupted.
+        """
+        waiting = np.empty((0, DIMENSIONS), np.float32)
+        for path in files:
+            waiting = np.concatenate([waiting, read_pending(path, self.embedder)[1]])
+            while len(waiting) >= FOLD_BLOCK:
+                faiss_index.add(index, waiting[:FOLD_BLOCK])
+                waiting = waiting[FOLD_BLOCK:]
+        faiss_index.add(index, waiting)
+
+    def _rows_before(self) -> tuple[list[np.ndarray], list[str], dict[str, str]]:
+        if self.header is None:
+            return [], [], {}
+        ids, names = read_images(self.folder, self.header)
+        return [ids], names.to_pylist(), {s["name"]: s["reason"] for s in self.header.skipped}
+
+    def _index_before(self) -> Any:
+        if self.header is None:
+            return faiss_index.new_index(self.factory)
+        path = self.folder / self.header.vectors_file
+        return faiss_index.read(path, self.header.count, self.header.bytes, in_memory=True)
+
+    def _training_vectors(self, files: list[Path], counts: list[int]) -> np.ndarray:
+        """Vectors to train on, float32 [n,512], drawn evenly by the seed from files of ``counts`` vectors each."""
+        chosen, start, found = faiss_index.training_rows(sum(counts), self.seed), 0, []
+        for path, count in zip(files, counts, strict=True):
+            rows = chosen[(chosen >= start) & (chosen < start + count)] - start
+            found.append(read_pending(path, self.embedder)[1][rows])
+            start += count
+        return np.concatenate(found)

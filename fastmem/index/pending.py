@@ -1,0 +1,77 @@
+"""Vectors on their way into an index: numbered files, each with the ids and names of its rows."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastmem.data.decoding import Skipped
+from fastmem.data.manifest import Manifest
+from fastmem.errors import InputFileError, UsageError
+from fastmem.files import read_tensors, write_tensors
+from fastmem.index.embedding import DIMENSIONS, Embedder
+
+PENDING_SCHEMA = "fastmem.index-pending/1"
+SAVE_SECONDS = 60.0
+SAVE_IMAGES = 8192
+
+
+class PendingPart:
+    """Vectors on their way into one pending file."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._manifest = manifest
+        self._rows: list[np.ndarray] = []
+        self._vectors = [np.empty((0, DIMENSIONS), np.float32)]
+        self._missing: list[np.ndarray] = []
+        self._skipped: list[Skipped] = []
+        self._started = time.monotonic()
+        self.taken = 0
+
+    def take(self, asked: np.ndarray, rows: np.ndarray, vectors: np.ndarray | None, skipped: list[Skipped]) -> None:
+        """One batch: positions asked for, those that could be read with their vectors, and the rest with reasons."""
+        self.taken += len(asked)
+        self._rows.append(rows)
+        self._vectors += [] if vectors is None else [vectors]
+        self._missing.append(np.setdiff1d(asked, rows))
+        self._skipped += skipped
+
+    def is_due(self) -> bool:
+        return self.taken >= SAVE_IMAGES or time.monotonic() - self._started > SAVE_SECONDS
+
+    def save(self, path: Path, embedder: Embedder) -> Path:
+        rows, missing = np.concatenate(self._rows), np.concatenate(self._missing)
+        header = {
+            "embedder": embedder.name,
+            "digest": embedder.digest,
+            "names": self._manifest.names[rows].tolist(),
+            "skipped": [asdict(s) for s in self._skipped],
+            "skipped_ids": self._manifest.ids[missing].tolist(),
+        }
+        tensors = {"ids": self._manifest.ids[rows], "vectors": np.concatenate(self._vectors)}
+        write_tensors(path, {k: torch.from_numpy(v) for k, v in tensors.items()}, PENDING_SCHEMA, header)
+        return path
+
+
+def read_pending(path: Path, embedder: Embedder) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+    """Ids int64 [n], vectors float32 [n,512] and header of one pending file.
+
+    Raises: InputFileError where it is damaged; UsageError where another embedder made it.
+    """
+    tensors, header = read_tensors(path, PENDING_SCHEMA)
+    if (header.get("embedder"), header.get("digest")) != (embedder.name, embedder.digest):
+        raise UsageError(
+            f"expected vectors of {embedder.name} in {path}, got those of {header.get('embedder')}: resume with the "
+            "same embedder, or choose another --out"
+        )
+    ids, vectors = (tensors[name].numpy() if name in tensors else np.empty(0) for name in ("ids", "vectors"))
+    lists = [header.get(name) for name in ("names", "skipped", "skipped_ids")]
+    whole = ids.dtype == np.int64 and vectors.dtype == np.float32 and vectors.shape == (len(ids), DIMENSIONS)
+    if not whole or not all(isinstance(value, list) for value in lists) or len(lists[0]) != len(ids):
+        raise InputFileError(f"expected vectors with ids and names in {path}, got others: remove that file and resume")
+    return ids, vectors, header

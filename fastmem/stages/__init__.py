@@ -1,0 +1,1 @@
+"""One function for every command, on an opened run."""

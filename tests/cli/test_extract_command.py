@@ -1,0 +1,210 @@
+"""``fastmem extract`` and the stages' way into a run: documents, exit codes, and what a killed command leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from fastmem.errors import InputFileError, UsageError
+from fastmem.runs.folder import RunFolder, RunInputs
+from fastmem.stages.opened_run import open_run
+from tests.cli.test_cli import run
+from tests.conftest import random_images
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory) -> Path:
+    """A run of rar-tiny over 8 pictures of 2 classes, with as many held out."""
+    from fastmem.cli import main
+
+    folder = tmp_path_factory.mktemp("scored")
+    for split, seed in (("train", 0), ("heldout", 1)):
+        for i, pixels in enumerate(random_images(8, 64, seed)):
+            place = folder / split / f"class-{i % 2}"
+            place.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(place / f"{i}.png")
+    arguments = ["score", "--model", "rar-tiny", "--views", "center", "--no-class-check", "--out", str(folder / "run")]
+    with pytest.raises(SystemExit) as caught:
+        main([*arguments, "--data", str(folder / "train"), "--heldout", str(folder / "heldout")])
+    assert caught.value.code == 0
+    return folder / "run"
+
+
+KEYS = (
+    "run edit candidates threshold prefix_unit prefixes embedder extracted extracted_original extracted_distinct "
+    "ceiling heldout_candidates heldout_extracted"
+)
+
+
+def test_one_json_document_a_table_and_two_pictures(capsys, scored):
+    arguments = ("extract", "--run", scored, "--judge", "tokens", "--top-per-class", 2, "--prefix", "0,40,63", "--json")
+    code, out, err = run(capsys, *arguments)
+    assert code == 0, err
+    document = json.loads(out)
+    assert set(KEYS.split()) <= set(document)
+    assert (document["candidates"], document["heldout_candidates"], document["edit"]) == (4, 4, None)
+    assert document["prefixes"] == [0, 40, 63]
+    assert set(document["extracted"]) == set(document["heldout_extracted"]) == {"0", "40", "63"}
+    assert "looking for candidates among 16 images" in err
+    assert "8 candidates, 24 completions" in err
+    for picture in document["pictures"]:
+        with Image.open(picture) as image:
+            assert min(image.size) > 200
+    assert not (Path(document["pictures"][0]).parent / "units").exists()
+    # asked again, it is read, not made
+    code, out, err = run(capsys, *arguments)
+    assert (code, json.loads(out)) == (0, document)
+    assert "has this extraction already" in err
+
+
+@pytest.mark.parametrize(("bound", "code"), [(0, 1), (4, 0)])
+def test_a_broken_bound_exits_with_one(capsys, scored, bound, code):
+    # every completion is more alike than -1
+    arguments = ("extract", "--run", scored, "--judge", "tokens", "--top-per-class", 2, "--prefix", "63")
+    found, _, err = run(capsys, *arguments, "--threshold", "-1", "--fail-above", bound)
+    assert found == code, err
+    assert ("4 images were extracted, more than the 0" in err) == (code == 1)
+
+
+ROWS = {
+    "no run": (("--run", "{tmp}"), 3, "expected the folder of a scored run"),
+    "prefix that is no number": (("--run", "{run}", "--prefix", "all"), 2, "expected --prefix as numbers"),
+    "prefix of everything": (
+        ("--run", "{run}", "--prefix", "64"),
+        2,
+        "expected different prefix lengths out of 0 to 63",
+    ),
+    "judge": (("--run", "{run}", "--judge", "me"), 2, "expected a judge out of auto, sscd, tokens"),
+    "threshold": (("--run", "{run}", "--judge", "tokens", "--threshold", "2"), 2, "expected a threshold from -1 to 1"),
+    "index without an embedder": (("--run", "{run}", "--judge", "tokens", "--index", "x"), 2, "leave it out"),
+    "data that moved": (("--run", "{run}", "--data", "{tmp}/nowhere"), 3, "nowhere"),
+    "images of another set": (("--run", "{run}", "--data", "{tmp}/others"), 2, "got 8 that are not there"),
+    "weights of another model": (
+        ("--run", "{run}", "--checkpoint", "{tmp}/other.safetensors"),
+        2,
+        "expected the checkpoint that",
+    ),
+    "edit that is not there": (("--run", "{run}", "--edit", "none"), 2, "none"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "code", "text"), ROWS.values(), ids=ROWS)
+def test_wrong_input_ends_with_one_sentence(capsys, scored, tmp_path, monkeypatch, arguments, code, text):
+    from safetensors.torch import load_file, save_file
+
+    from fastmem.models.registry import find_entry
+
+    monkeypatch.setenv("FASTMEM_HOME", str(tmp_path / "home"))
+    for i, pixels in enumerate(random_images(2, 64)):
+        (tmp_path / "others" / f"class-{i}").mkdir(parents=True)
+        Image.fromarray(pixels).save(tmp_path / "others" / f"class-{i}" / "new.png")
+    if "other.safetensors" in str(arguments):
+        state = load_file(find_entry("rar-tiny").generator_file.path)
+        state["lm_head.bias"] += 1
+        save_file(state, tmp_path / "other.safetensors")
+    found, out, err = run(capsys, "extract", *(a.format(tmp=tmp_path, run=scored) for a in arguments))
+    assert (found, out) == (code, "")
+    last = err.strip().splitlines()[-1]
+    assert text in last
+    assert last.startswith(("fastmem: expected", "Error:"))
+
+
+def test_a_run_is_opened_where_it_lies(scored, tmp_path):
+    opened = open_run(str(scored))
+    assert opened.model.name == "rar-tiny"
+    assert opened.unedited == {part: opened.identity[part] for part in ("checkpoint", "tokenizer")}
+    assert opened.stats().count == opened.stats("heldout").count == 8
+    assert Path(RunInputs.load(RunFolder(scored)).data).is_absolute()
+    moved = tmp_path / "run"
+    moved.mkdir()
+    for file in scored.iterdir():
+        if file.is_file() and file.name != "train.safetensors":
+            (moved / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(InputFileError, match="one without train"):
+        open_run(str(moved))
+
+
+def test_another_precision_is_said_aloud(scored, capsys):
+    open_run(str(scored), dtype="bfloat16")
+    assert "scored as float32" in capsys.readouterr().err
+
+
+def test_an_unfinished_extraction_is_not_started_over(capsys, scored, monkeypatch):
+    arguments = ("extract", "--run", scored, "--judge", "tokens", "--top-per-class", 1, "--prefix", "60")
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("fastmem.cli.extract.extract", stop)
+        assert run(capsys, *arguments)[0] == 130
+    code, _, err = run(capsys, *arguments)
+    assert (code, "--resume" in err) == (2, True)
+    assert run(capsys, *arguments, "--resume")[0] == 0
+
+
+CHILD = """
+import sys, time
+from fastmem.extraction import extract as stage
+stage.UNIT_TARGETS = 1
+judge = stage._Stage._judge
+def slow(self, *arguments):
+    found = judge(self, *arguments)
+    print("judged", flush=True)
+    time.sleep(float(sys.argv[1]))
+    return found
+stage._Stage._judge = slow
+from fastmem.cli import main
+main(sys.argv[2:])
+"""
+
+
+def extraction_files(run_folder: Path) -> dict[str, bytes]:
+    """Every file of the extraction but its result, which holds the seconds it took."""
+    files = sorted(p for p in (run_folder / "extractions").rglob("*") if p.is_file() and p.name != "result.json")
+    return {str(p.relative_to(run_folder)): p.read_bytes() for p in files}
+
+
+def test_a_killed_extraction_resumes_to_the_same_bytes(scored, tmp_path):
+    import shutil
+
+    runs = {name: tmp_path / name for name in ("whole", "parts")}
+    for folder in runs.values():
+        shutil.copytree(scored, folder, ignore=shutil.ignore_patterns("extractions"))
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+
+    def start(name: str, pause: float, *more: str) -> subprocess.Popen:
+        options = ["extract", "--run", str(runs[name]), "--judge", "tokens", "--prefix", "0,60", *more]
+        command = [sys.executable, "-c", CHILD, str(pause), *options]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+    whole, killed = start("whole", 0), start("parts", 5)
+    assert killed.stdout.readline() == killed.stdout.readline() == "judged\n"
+    time.sleep(0.2)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate(timeout=60)
+    units = list((runs["parts"] / "extractions").rglob("*.safetensors"))
+    assert len(units) == 1
+    talk = whole.communicate(timeout=60)
+    assert whole.returncode == 0, talk
+    resumed = start("parts", 0, "--resume")
+    out, err = resumed.communicate(timeout=60)
+    assert resumed.returncode == 0, err
+    assert out.count("judged") == 3
+    assert extraction_files(runs["parts"]) == extraction_files(runs["whole"])
+
+
+def test_inputs_that_are_missing_are_named(tmp_path):
+    with pytest.raises(InputFileError, match="inputs.json"):
+        RunInputs.load(RunFolder(tmp_path))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="expected to be able to write"):
+        RunInputs("rar-tiny").save(RunFolder(tmp_path / "file"))
