@@ -21,7 +21,8 @@ from torch.nn import functional
 from fastmem import assemble
 from fastmem.models.maskgit_vqgan import MaskGITVQGAN, MaskGITVQGANConfig
 from fastmem.models.model import Model
-from fastmem.models.rar import PREFIXES, RAR, Modulation, RARConfig
+from fastmem.models.rar import RAR, Modulation, RARConfig
+from fastmem.models.registry import PREFIX_LADDER
 
 TOKENS, BLOCKS, ALL_BLOCKS = 64, 4, 24
 # the best five of each class are candidates
@@ -93,11 +94,11 @@ def measure(blocks: int, pairs: int | None) -> tuple[Ratio, float]:
     true = torch.randint(0, network.config.codebook_size, (len(LABELS), TOKENS))
 
     def ours() -> Tensor:
-        rows = [row[:p] for p in PREFIXES for row in true]
-        return model.generate(LABELS.repeat(len(PREFIXES)), rows)
+        rows = [row[:p] for p in PREFIX_LADDER for row in true]
+        return model.generate(LABELS.repeat(len(PREFIX_LADDER)), rows)
 
     def plain() -> Tensor:
-        return torch.cat([plain_generate(network, LABELS, true[:, :p]) for p in PREFIXES])
+        return torch.cat([plain_generate(network, LABELS, true[:, :p]) for p in PREFIX_LADDER])
 
     started = time.perf_counter()
     made = ours()
@@ -116,7 +117,7 @@ def measure(blocks: int, pairs: int | None) -> tuple[Ratio, float]:
 
 def report(blocks: int, found: Ratio, step: float) -> None:
     """Print one measurement and add its row."""
-    rows = len(PREFIXES) * len(LABELS)
+    rows = len(PREFIX_LADDER) * len(LABELS)
     ours, theirs, limit = rows * TOKENS / found.ours, rows * TOKENS / found.theirs, rows / step
     interval = f" [{1 / found.high:.2f}, {1 / found.low:.2f}]" if found.low == found.low else ", once"
     print(

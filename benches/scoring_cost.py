@@ -74,7 +74,7 @@ def main() -> None:
         def blocks(
             network: RAR | VAR = network, given: Tensor = given, labels: Tensor = labels, spans: list = spans
         ) -> None:
-            network.responses(given, labels, spans, gelu_only)
+            network.observe(given, labels, spans, gelu_only, with_logits=False)
 
         for peer, call in (("forward", forward), ("blocks", blocks)):
             ratio = compare(ours, call)

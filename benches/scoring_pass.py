@@ -29,7 +29,9 @@ class ScoringPass:
     @torch.inference_mode()
     def responses(self) -> Tensor:
         """float32 [V,layers,spans,units]."""
-        return self.network.responses(self.given, self.labels, self.spans, self.backend.fc1_response)
+        return self.network.observe(
+            self.given, self.labels, self.spans, self.backend.fc1_response, with_logits=False
+        ).responses
 
     @torch.inference_mode()
     def __call__(self) -> None:

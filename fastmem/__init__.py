@@ -5,7 +5,9 @@ The names below load on first use; ``import fastmem`` itself loads neither torch
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -20,8 +22,17 @@ if TYPE_CHECKING:
     from fastmem.ranking.ownership import owners
     from fastmem.ranking.reliability import reliability
     from fastmem.ranking.selection import Selection, select
-    from fastmem.scoring import ScoreResult, responses, score
+    from fastmem.reporter import Reporter
     from fastmem.scoring.membership import membership
+    from fastmem.scoring.score import ScoreResult, responses
+    from fastmem.stages.evaluate import evaluate
+    from fastmem.stages.extract import extract
+    from fastmem.stages.index import index as index
+    from fastmem.stages.mitigate import mitigate
+    from fastmem.stages.opened_run import OpenedRun, open_run
+    from fastmem.stages.options import SSCDOptions
+    from fastmem.stages.score import score
+    from fastmem.stages.sweep import sweep as sweep
     from fastmem.stats import UnitStats
 
 __version__ = "0.1.0"
@@ -33,7 +44,10 @@ _HOMES = {
     "FastmemError": "fastmem.errors",
     "FolderSource": "fastmem.data.sources",
     "InputFileError": "fastmem.errors",
-    "ScoreResult": "fastmem.scoring",
+    "OpenedRun": "fastmem.stages.opened_run",
+    "Reporter": "fastmem.reporter",
+    "SSCDOptions": "fastmem.stages.options",
+    "ScoreResult": "fastmem.scoring.score",
     "Selection": "fastmem.ranking.selection",
     "UnitStats": "fastmem.stats",
     "UsageError": "fastmem.errors",
@@ -41,16 +55,22 @@ _HOMES = {
     "assemble": "fastmem.models.checkpoints",
     "attribution": "fastmem.mitigation.attribution",
     "embedded_source": "fastmem.data.sources",
+    "evaluate": "fastmem.stages.evaluate",
+    "extract": "fastmem.stages.extract",
     "gap": "fastmem.ranking.gap",
+    "index": "fastmem.stages.index",
     "load_model": "fastmem.models.checkpoints",
     "membership": "fastmem.scoring.membership",
+    "mitigate": "fastmem.stages.mitigate",
     "model_names": "fastmem.models.registry",
+    "open_run": "fastmem.stages.opened_run",
     "owners": "fastmem.ranking.ownership",
     "reliability": "fastmem.ranking.reliability",
-    "responses": "fastmem.scoring",
+    "responses": "fastmem.scoring.score",
     "scale_units": "fastmem.mitigation.scaling",
-    "score": "fastmem.scoring",
+    "score": "fastmem.stages.score",
     "select": "fastmem.ranking.selection",
+    "sweep": "fastmem.stages.sweep",
 }
 
 __all__ = [
@@ -60,6 +80,9 @@ __all__ = [
     "FastmemError",
     "FolderSource",
     "InputFileError",
+    "OpenedRun",
+    "Reporter",
+    "SSCDOptions",
     "ScoreResult",
     "Selection",
     "UnitStats",
@@ -68,26 +91,62 @@ __all__ = [
     "assemble",
     "attribution",
     "embedded_source",
+    "evaluate",
+    "extract",
     "gap",
+    "index",
     "load_model",
     "membership",
+    "mitigate",
     "model_names",
+    "open_run",
     "owners",
     "reliability",
     "responses",
     "scale_units",
     "score",
     "select",
+    "sweep",
 ]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'fastmem' has no attribute {name!r}")
-    value = getattr(import_module(_HOMES[name]), name)
+    # a stage that shares its name with a room is that room, which can be called
+    value = import_module(f"fastmem.{name}") if name in _CALLABLE_ROOMS else getattr(import_module(_HOMES[name]), name)
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *_HOMES])
+
+
+# the stages ``fastmem.index`` and ``fastmem.sweep`` share their names with the rooms in which their work is done, and
+# Python binds a room's name in the package as soon as anything in it is imported
+_CALLABLE_ROOMS = ("index", "sweep")
+
+
+class _CallableRoom(ModuleType):
+    """A room that runs the stage of its name when it is called."""
+
+    @property
+    def __wrapped__(self) -> Any:
+        name = self.__name__.rpartition(".")[2]
+        return getattr(import_module(_HOMES[name]), name)
+
+    def __call__(self, *arguments: Any, **settings: Any) -> Any:
+        return self.__wrapped__(*arguments, **settings)
+
+
+class _Package(ModuleType):
+    """This package; it makes rooms callable when they are bound in it."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _CALLABLE_ROOMS and isinstance(value, ModuleType):
+            value.__class__ = _CallableRoom
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

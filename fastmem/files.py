@@ -65,6 +65,20 @@ def write_tensors(path: Path, tensors: Mapping[str, Any], schema: str, header: M
     write_atomically(path, lambda partial: save_file(contiguous, partial, metadata))
 
 
+def write_table(path: Path, columns: Mapping[str, Any] | Any, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a parquet table: columns by name, or a pyarrow table; ``metadata`` goes into its schema.
+
+    Raises: UsageError where the place cannot be written.
+    """
+    import pyarrow
+    from pyarrow import parquet
+
+    table = pyarrow.table(columns) if isinstance(columns, Mapping) else columns
+    if metadata is not None:
+        table = table.replace_schema_metadata(metadata)
+    write_atomically(path, lambda partial: parquet.write_table(table, partial))
+
+
 def read_tensors(path: Path, schema: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """Tensors and header of a safetensors file. Raises: InputFileError for a missing, damaged or foreign file."""
     from safetensors import SafetensorError, safe_open

@@ -1,6 +1,7 @@
-"""The kernels of fc1_response: a fused matrix product, a pass over a finished one, and the sum of the partial sums.
+"""The Triton kernels of fc1_response: a fused matrix product, a pass over a finished one, and the sum of partial sums.
 
-Formula, bytes and FLOPs stand in fastmem.kernels.fc1_response, which launches them.
+They compute GELU(x W^T + bias) and each unit's mean absolute activation over segments of positions. The module
+fastmem.kernels.fc1_response launches them and states formula, shapes and bytes moved.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def _finish_tile(
     b_x, p_hidden, p_partial, p_first, p_low, p_high, p_slot, i_m, i_n, ROWS, UNITS,
     TANH: tl.constexpr, PRE: tl.constexpr, STORE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """GELU, store and partial sums of one tile of fc1's output [BLOCK_M, BLOCK_N], bias added."""
+    """GELU, store and partial sums of one tile [BLOCK_M, BLOCK_N] of fc1's output with its bias."""
     o_m = tl.arange(0, BLOCK_M)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     m_n = o_n < UNITS
@@ -55,7 +56,7 @@ def fused_kernel(
     DESCRIPTORS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """One tile of the matrix product, finished while it is in registers; p_x and p_weight may be descriptors."""
+    """One tile of the matrix product, finished while it is in registers; p_x and p_weight may be tensor descriptors."""
     # programs next to each other in time share weight and input tiles in the second-level cache
     i_program = tl.program_id(0)
     n_m = tl.cdiv(ROWS, BLOCK_M)
@@ -106,7 +107,7 @@ def pass_kernel(
     p_linear, p_bias, p_hidden, p_partial, p_first, p_low, p_high, p_slot, ROWS, UNITS,
     TANH: tl.constexpr, PRE: tl.constexpr, STORE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One tile of a finished product without bias; ``hidden`` may be that product itself."""
+    """One tile of a finished matrix product without bias; p_hidden may equal p_linear to overwrite it."""
     i_m = tl.program_id(0)
     i_n = tl.program_id(1)
     if not STORE:  # noqa: SIM102
@@ -127,7 +128,7 @@ def pass_kernel(
 
 @triton.jit
 def reduce_kernel(p_partial, p_response, p_slot_first, p_positions, UNITS, BLOCK_N: tl.constexpr):
-    """Adds the slots of one segment in order and divides by its number of positions."""
+    """The mean of one segment: its partial sums are added in order and divided by its number of positions."""
     i_segment = tl.program_id(0)
     o_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_n = o_n < UNITS

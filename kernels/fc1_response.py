@@ -1,10 +1,11 @@
-"""fc1, GELU and every unit's mean absolute activation over segments of positions, in Triton.
+"""First linear layer of an MLP, its GELU and each unit's mean absolute activation over segments, in Triton.
 
     linear = x W^T + bias         x [images, positions, width], W [units, width], bias [units]
     hidden = GELU(linear)         [images, positions, units], in x's dtype
     response = mean |hidden| over the positions of each span, float32 [images, spans, units]
 
-With R = images * positions rows, e bytes an element, tiles of BLOCK_M rows and BLOCK_N units:
+Either one kernel computes the product and finishes each tile ("fused"), or a kernel passes over torch's product
+("pass"). With R = images * positions rows, e bytes an element, tiles of BLOCK_M rows and BLOCK_N units:
 
     FLOPs          2 R units width, plus about 20 R units for the GELU and one addition per row, span and unit
     fused, moved   e (R width + units width) once from memory (again from cache per tile), e R units written unless
@@ -12,8 +13,9 @@ With R = images * positions rows, e bytes an element, tiles of BLOCK_M rows and 
     pass, moved    the product writes e R units, the pass reads them and writes them: 3 e R units in all
                    (2 e R units when only the response is wanted)
 
-Nothing is summed with atomics: see kernels/segment_plan.py. Products accumulate in float32; float32 inputs are
-multiplied with IEEE rounding, not tf32. The specification is fastmem.backends.plain.fc1_response.
+Every program writes its partial sums to places of its own, and they are added in a fixed order, without atomics.
+Products accumulate in float32, and float32 inputs are multiplied with IEEE rounding instead of tf32. The specification
+is fastmem.backends.plain.fc1_response.
 
 Source: arXiv 2509.00488 (absolute value before the average); tiling as in Triton's own matrix multiplication tutorial.
 """
@@ -44,14 +46,23 @@ def fc1_response(
     fused: bool | None = None,
     settings: Settings | None = None,
 ) -> tuple[Tensor | None, Tensor]:
-    """fc1, its GELU and the segment means of ``|.|``, with or without a matrix product of our own.
+    """First linear layer of an MLP, its GELU, and each unit's mean absolute activation over each span.
 
-    x: float32, bfloat16 or float16 [images, positions, width]; weight: [units, width]; bias: [units]; spans: (start,
-    stop) pairs of positions, they may overlap; gelu: "none" (erf) or "tanh"; pre_activation: respond with ``|x W^T +
-    b|``; keep_hidden: False leaves hidden out; fused: the product of our own (True), the library's and a pass over it
-    (False), or what the settings say (None); settings: of the GPU's architecture when None.
+    Args:
+        x: float32, bfloat16 or float16 [images, positions, width].
+        weight: [units, width], in x's dtype.
+        bias: [units], in x's dtype.
+        spans: pairs (start, stop) of positions, which may overlap.
+        gelu: "none" for the exact function, "tanh" for its approximation.
+        pre_activation: respond with the input of the GELU in place of its output.
+        keep_hidden: return the hidden layer too; False where only the responses are wanted.
+        fused: compute the product in the fused kernel (True), or in torch with a pass over it (False); None takes what
+            the settings say.
+        settings: launch settings; None takes those of the GPU's architecture.
 
-    Returns hidden [images, positions, units] in x's dtype or None, and responses float32 [images, spans, units].
+    Returns:
+        The hidden layer [images, positions, units] in x's dtype, or None, and the responses float32 [images, spans,
+        units].
     """
     settings = settings or settings_for(architecture(x.device))
     fused = x.element_size() in settings.fused if fused is None else fused
@@ -78,7 +89,7 @@ def fc1_response(
 
 
 def product_tile(x: Tensor, settings: Settings) -> Tile:
-    """The tile for x's element size."""
+    """The tile of the matrix product for x's element size."""
     return settings.matrix32 if x.element_size() == 4 else settings.matrix16
 
 
@@ -93,7 +104,19 @@ def fused_launch(
     pre_activation: bool,
     settings: Settings,
 ) -> Launch:
-    """The matrix product, finished while it is in registers; hidden None stores none."""
+    """Launch of the fused kernel, which finishes each tile of the matrix product while it is in registers.
+
+    Args:
+        x: contiguous [images, positions, width].
+        weight: [units, width].
+        bias: [units].
+        hidden: takes the hidden layer [images, positions, units]; None stores none.
+        partial: takes the partial sums, float32 [plan.slots, units].
+        plan: the segments' pieces, for the tile's number of rows.
+        gelu: "none" for the exact function, "tanh" for its approximation.
+        pre_activation: sum the GELU's input in place of its output.
+        settings: launch settings.
+    """
     tile = product_tile(x, settings)
     units, width = weight.shape
     rows = x.numel() // width
@@ -134,7 +157,13 @@ def pass_launch(
     pre_activation: bool,
     tile: PassTile,
 ) -> Launch:
-    """The pass over a finished product; hidden None stores none."""
+    """Launch of the pass over a finished matrix product; the arguments from bias on are those of ``fused_launch``.
+
+    Args:
+        linear: contiguous [images, positions, units], the product without bias.
+        hidden: takes the hidden layer and may be ``linear`` itself; None stores none.
+        tile: tile and warps of a program.
+    """
     units = linear.shape[-1]
     rows = linear.numel() // units
     grid = (-(-rows // tile.rows), -(-units // tile.units))
@@ -152,7 +181,14 @@ def pass_launch(
 
 
 def reduce_launch(partial: Tensor, response: Tensor, plan: SegmentPlan, settings: Settings) -> Launch:
-    """The sum of every segment's pieces, divided by its positions."""
+    """Launch of the sum over every segment's pieces, divided by the segment's number of positions.
+
+    Args:
+        partial: float32 [plan.slots, units], the partial sums.
+        response: float32 [images, segments, units], which takes the means.
+        plan: where each segment's pieces lie.
+        settings: launch settings.
+    """
     units = response.shape[-1]
     grid = (response.numel() // units, -(-units // settings.reduce_units))
     arguments = (partial, response, plan.slot_first, plan.positions, units)

@@ -1,4 +1,4 @@
-"""One kernel launch as a value, so that the same arguments can be run, or only compiled for a GPU that is not there."""
+"""A kernel launch as a value, which can be run, or only compiled for a GPU that is not there."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Launch:
-    """A Triton kernel with everything it is launched with.
+    """A Triton kernel with everything that it is launched with.
 
-    kernel: a ``triton.jit`` function; grid: programs along each axis; arguments: in the kernel's order; constants: its
-    constexpr parameters, ``num_warps`` and ``num_stages``.
+    Attributes:
+        kernel: a ``triton.jit`` function.
+        grid: number of programs along each axis.
+        arguments: tensors and numbers, in the kernel's order.
+        constants: the kernel's constexpr parameters, ``num_warps`` and ``num_stages``.
     """
 
     kernel: Any

@@ -1,7 +1,8 @@
-"""What every Triton kernel needs of a GPU, compiled ahead of time: ``python -m fastmem.kernels.resources``.
+"""A table of what every Triton kernel needs of a GPU: ``python -m fastmem.kernels.resources [ARCHITECTURE ...]``.
 
-No GPU is used. Fails where a kernel spills registers, or a 16-bit product does not reach the architecture's matrix
-instructions. Arguments name architectures (``90``); without any, all in the settings table are compiled.
+The kernels are compiled ahead of time, without a GPU, for architectures such as ``90`` or for all that have launch
+settings. The command fails where a kernel spills registers, or a 16-bit product does not use the architecture's matrix
+instructions.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ IMAGES, POSITIONS, WIDTH, UNITS = 2, 258, 768, 3072
 
 
 class TargetDriver:
-    """Stands in for the driver of a GPU that is not there: enough of it to compile."""
+    """Stands in for the driver of a GPU that is not there, as far as compiling needs one."""
 
     def __init__(self, arch: int) -> None:
         self.target = GPUTarget("cuda", arch, 32)
@@ -56,8 +57,17 @@ class TargetDriver:
 
 @dataclass(frozen=True)
 class Resources:
-    """What one compiled kernel needs: registers of a thread, bytes of shared memory of a program, bytes of local memory
-    of a thread (spilled registers), and the matrix instructions in its PTX.
+    """What one compiled kernel needs.
+
+    Attributes:
+        name: the kernel and its variant.
+        arch: the architecture's compute capability as one number.
+        warps: warps of a program.
+        registers: registers of a thread.
+        shared: bytes of shared memory of a program.
+        spilled: bytes of local memory of a thread, which hold registers that did not fit.
+        instructions: matrix instructions in its PTX.
+        is_product: it has to use matrix instructions.
     """
 
     name: str
@@ -71,7 +81,7 @@ class Resources:
 
     @property
     def problem(self) -> str:
-        """Why this kernel must not be shipped; empty when it may."""
+        """Why this kernel must not be shipped; empty where it may be."""
         if self.spilled:
             return f"spills {self.spilled} bytes a thread"
         wanted = MATRIX_INSTRUCTION.get(self.arch)
@@ -81,7 +91,7 @@ class Resources:
 
 
 def cases(settings: Settings) -> Iterator[tuple[str, Launch, bool]]:
-    """Name, launch and whether it is a 16-bit product, for everything that is shipped."""
+    """Every kernel and variant that is shipped: its name, its launch, and whether it is a product of 16-bit inputs."""
     device = torch.device("cpu")
     spans = ((0, POSITIONS), (POSITIONS - 1, POSITIONS))
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
@@ -108,7 +118,14 @@ def cases(settings: Settings) -> Iterator[tuple[str, Launch, bool]]:
 
 
 def measure(name: str, launch: Launch, arch: int, is_product: bool) -> Resources:
-    """Compile for an architecture and read the compiler's report."""
+    """Compile a kernel for an architecture and read the compiler's report.
+
+    Args:
+        name: the kernel and its variant.
+        launch: the launch to compile.
+        arch: compute capability as one number, 90 for sm_90.
+        is_product: it has to use matrix instructions.
+    """
     driver.set_active(TargetDriver(arch))
     compiled = launch.compile()
     usage = _resource_usage(compiled.asm["cubin"])
@@ -133,7 +150,7 @@ def _cuobjdump() -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Print the table; returns 1 where a kernel has a problem."""
+    """Print the table for the named architectures, or for all; returns 1 where a kernel has a problem, else 0."""
     problems = 0
     print(f"{'kernel':<44}{'arch':>5}{'warps':>6}{'registers':>10}{'shared':>9}{'spilled':>8}  matrix instructions")
     for arch in [int(a) for a in arguments] or TABLE:

@@ -1,8 +1,9 @@
-"""Which part of which segment lies in which tile of rows, so that segment means need no atomics.
+"""A plan of which part of which segment lies in which tile of rows, so that segment means need no atomics.
 
-Rows are all positions of all images on end. A segment of an image is cut at the tile borders; each piece is summed by
-the one program that owns the tile and written to a slot of its own, and the slots of a segment are added in the order
-of the positions. The same shapes give the same additions on every run.
+Rows are the positions of all images, one image after the other. A segment of an image is cut into pieces at the tile
+borders. Each piece is summed by the one program that owns its tile and written to a place of its own, called a slot,
+and the slots of a segment are added in the order of the positions. So the same shapes give the same additions on every
+run.
 """
 
 from __future__ import annotations
@@ -20,10 +21,15 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True)
 class SegmentPlan:
-    """Pieces in the order of their tiles, and the slots of every segment; int32 tensors on the GPU.
+    """The pieces in the order of their tiles, and the slots of every segment; int32 tensors on the kernels' device.
 
-    first: [tiles + 1], the first piece of each tile; low, high: [pieces], rows within the tile; slot: [pieces];
-    slot_first: [images * segments + 1]; positions: [images * segments], the segment's length.
+    Attributes:
+        first: [tiles + 1], the first piece of each tile, and the end.
+        low: [pieces], the first row of each piece within its tile.
+        high: [pieces], the row after its last one.
+        slot: [pieces], where each piece's sum is written.
+        slot_first: [images * segments + 1], the first slot of each image's segments, and the end.
+        positions: [images * segments], the number of positions of each segment.
     """
 
     first: Tensor
@@ -35,6 +41,7 @@ class SegmentPlan:
 
     @property
     def slots(self) -> int:
+        """Number of slots, one for each piece."""
         return len(self.slot)
 
 
@@ -42,7 +49,15 @@ class SegmentPlan:
 def plan_segments(
     images: int, positions: int, spans: tuple[Span, ...], tile_rows: int, device: torch.device
 ) -> SegmentPlan:
-    """Cut the spans (start, stop) of ``images`` images of ``positions`` positions at every ``tile_rows`` rows."""
+    """Cut segments at the borders of tiles.
+
+    Args:
+        images: number of images.
+        positions: positions of an image.
+        spans: segments as pairs (start, stop) of positions, the same for all images; they may overlap.
+        tile_rows: rows of a tile.
+        device: where the plan's tensors are put.
+    """
     start, stop = np.array(spans, dtype=np.int64).T
     image = np.arange(images, dtype=np.int64)[:, None] * positions
     begin, end = (image + start).ravel(), (image + stop).ravel()

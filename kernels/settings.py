@@ -1,4 +1,4 @@
-"""Launch settings: one table per architecture, no auto-tuning, so that a run can be repeated bit for bit."""
+"""Launch settings in a table by GPU architecture; nothing is auto-tuned, so a run can be repeated bit for bit."""
 
 from __future__ import annotations
 
@@ -12,11 +12,17 @@ MANY_SEGMENTS = 4
 
 @dataclass(frozen=True)
 class Tile:
-    """Tile of a matrix product and how it is run.
+    """Tile of a matrix product and how it is computed.
 
-    rows, units: of the output tile; width: of one step along the inner dimension; group: row tiles that share a
-    weight tile in the cache; warps, stages: of the program and of its software pipeline; descriptors: tiles are fetched
-    by the copy engine (sm_90 and later) where rows start on 16-byte borders, instead of by every thread's own loads.
+    Attributes:
+        rows: rows of the output tile.
+        units: units of the output tile, its columns.
+        width: numbers of one step along the inner dimension.
+        group: row tiles that share a weight tile in the cache.
+        warps: warps of the program that computes the tile.
+        stages: steps whose inputs are loaded ahead.
+        descriptors: inputs are fetched by the copy engine (sm_90 and later) where rows start on 16-byte borders, in
+            place of each thread's own loads.
     """
 
     rows: int
@@ -30,7 +36,7 @@ class Tile:
 
 @dataclass(frozen=True)
 class PassTile:
-    """Tile of the separate pass over a finished product, and the warps of its program."""
+    """Tile of the separate pass over a finished product: its rows, its units, and the warps of its program."""
 
     rows: int
     units: int
@@ -39,12 +45,17 @@ class PassTile:
 
 @dataclass(frozen=True)
 class Settings:
-    """What one architecture runs with.
+    """Launch settings of one architecture.
 
-    matrix16, matrix32: tiles for 16-bit and float32 inputs; fused: element sizes in bytes for which the fused product
-    is taken when the caller does not say; pass_few, pass_many: tile of the separate pass for few segments and for
-    ``MANY_SEGMENTS`` or more; reduce_units: units of a program that adds up partial sums; update_units, update_warps:
-    units of a program that owns their statistics.
+    Attributes:
+        matrix16: tile of the matrix product for 16-bit inputs.
+        matrix32: tile of the matrix product for float32 inputs.
+        fused: element sizes in bytes for which the fused product is taken by default.
+        pass_few: tile of the separate pass for fewer than ``MANY_SEGMENTS`` segments.
+        pass_many: tile of the separate pass for ``MANY_SEGMENTS`` segments or more.
+        reduce_units: units of a program that adds up partial sums.
+        update_units: units of a program that updates their statistics.
+        update_warps: warps of that program.
     """
 
     matrix16: Tile
@@ -83,5 +94,5 @@ def architecture(device: torch.device) -> int:
 
 
 def settings_for(arch: int) -> Settings:
-    """The settings of an architecture, or the ones that fit every GPU."""
+    """The settings of an architecture, or those that fit every GPU where the table has none for it."""
     return TABLE.get(arch, FALLBACK)

@@ -1,4 +1,4 @@
-"""Folds a batch of responses into the running statistics of every unit, in Triton.
+"""The update of every unit's running statistics by a batch of responses, in Triton.
 
     r(i)   = mean over views of response(i, view), rounded to float32
     mean, m2 <- Chan's merge with the r(i), one by one: d = r - mean, mean += d / n, m2 += d (r - mean)
@@ -6,14 +6,16 @@
     top    = the k largest r with their image ids, best first; among equal ones the smallest id first
 
     response [images, views, units] float32; mean, m2, view [units] float64; top_value [units, k] float32, top_image
-    [units, k] int64; "units" are all layers x segments x units on end.
+    [units, k] int64; "units" are here the units of all segments of all layers.
 
 Moved: 4 images views units bytes are read, and the state is read and written once, 2 (24 + 12 k) units bytes. About
 (8 views + 10 k) images units operations, those on mean and m2 in float64.
 
-One program owns its units, so there are no atomics and the result does not depend on the launch; it is never
-auto-tuned, because a tuned kernel that accumulates would count its first batch many times. The specification is
-fastmem.stats.accumulators.Fold.update. Source: Chan, Golub and LeVeque 1979 (the merge).
+One program owns its units, so there are no atomics and the result does not depend on the launch. The kernel is never
+auto-tuned, because tuning would run it many times on the first batch and so count that batch many times. The
+specification is fastmem.stats.accumulators.Fold.update.
+
+Source: Chan, Golub and LeVeque 1979 (the merge).
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from torch import Tensor
 
 @triton.jit
 def _replace_worst(b_value, b_image, b_new, i_image, o_k):
-    """The k kept responses [BLOCK, K] with a new one [BLOCK] in the place of the worst, where it is better."""
+    """The k kept responses [BLOCK_N, BLOCK_K], the worst replaced by a new one [BLOCK_N] where that is better."""
     b_min = tl.min(b_value, axis=1)
     m_min = b_value == b_min[:, None]
     b_worst_image = tl.max(tl.where(m_min, b_image, -2), axis=1)
@@ -43,6 +45,7 @@ def unit_update_kernel(
     p_mean, p_m2, p_view, p_value, p_image, p_response, p_ids, COUNT, IMAGES, VIEWS, UNITS,
     K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    """All images of the batch, one by one, for one block of units."""
     o_n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_n = o_n < UNITS
     o_k = tl.arange(0, BLOCK_K)
@@ -102,10 +105,20 @@ def unit_update_(
     *,
     settings: Settings | None = None,
 ) -> None:
-    """Fold the responses of a batch of images into the statistics of ``count`` images, in place.
+    """Update the statistics of ``count`` images by the responses of a batch of images, in place.
 
-    mean, m2, view_total: float64 [...]; top_value: float32 [..., k] and top_image: int64 [..., k], all contiguous;
-    responses: float32 [images, views, ...]; image_ids: int64 [images], on the same device.
+    All tensors are on one device, and those of the statistics are contiguous; "..." are layers, segments and units.
+
+    Args:
+        mean: float64 [...], each unit's mean response.
+        m2: float64 [...], its sum of squared deviations from the mean.
+        view_total: float64 [...], its variance over views, summed over images.
+        top_value: float32 [..., k], its k largest responses, best first.
+        top_image: int64 [..., k], the ids of their images.
+        count: number of images that the statistics hold.
+        responses: float32 [images, views, ...].
+        image_ids: int64 [images].
+        settings: launch settings; None takes those of the GPU's architecture.
     """
     settings = settings or settings_for(architecture(responses.device))
     update_launch(
@@ -124,7 +137,13 @@ def update_launch(
     image_ids: Tensor,
     settings: Settings,
 ) -> Launch:
-    """One program per block of units."""
+    """Launch of the update, with one program for each block of units; the other arguments are those of unit_update_.
+
+    Args:
+        responses: float32 [images, views, ...], contiguous.
+        image_ids: int64 [images], contiguous.
+        settings: launch settings.
+    """
     images, views = responses.shape[:2]
     units, k = mean.numel(), top_value.shape[-1]
     grid = (-(-units // settings.update_units) if images else 0,)

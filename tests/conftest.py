@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 # without a GPU Triton's kernels run in its interpreter, which has to be said before anything imports triton
 if not torch.cuda.is_available():
@@ -21,13 +23,15 @@ if not torch.cuda.is_available():
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from fastmem import ArraySource, assemble
+from fastmem.cli import main
 from fastmem.models.maskgit_vqgan import MaskGITVQGAN, MaskGITVQGANConfig
 from fastmem.models.model import Model
 from fastmem.models.rar import RAR, Modulation, RARConfig
 from fastmem.models.var import VAR, VARConfig
 from fastmem.models.vqvae import MultiScaleVQVAE, MultiScaleVQVAEConfig
 
-GOLDEN = Path(__file__).parent / "golden"
+ROOT = Path(__file__).parents[1]
+GOLDEN = ROOT / "tests" / "golden"
 sys.path.insert(0, str(GOLDEN))
 
 import recipe  # it lies beside the golden files
@@ -119,6 +123,23 @@ def random_images(count: int, size: int, seed: int = 0) -> np.ndarray:
     return blocks.repeat(size // 4, 1).repeat(size // 4, 2)
 
 
+def write_folder(folder: Path, images: np.ndarray, classes: int = 2, first: int = 0) -> Path:
+    """Write images uint8 [n,size,size,3], numbered from ``first``, as ``folder/class-C/II.png``; return the folder.
+
+    The images go to the classes in turn: C is the number modulo ``classes``.
+    """
+    for i, pixels in enumerate(images, first):
+        place = folder / f"class-{i % classes}"
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(place / f"{i:02d}.png")
+    return folder
+
+
+def folder_bytes(folder: Path) -> dict[str, bytes]:
+    """The content of every file below a folder, by its path from there."""
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
 @pytest.fixture(scope="session")
 def toy_source() -> ArraySource:
     """23 images of 16 px in 3 of the toy model's 5 classes, of sizes 11, 1 and 11."""
@@ -141,3 +162,38 @@ class FakeEmbedder:
         # one row at a time, so that no batch changes a bit
         vectors = np.stack([row @ self._projection for row in fields - 127.0])
         return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+
+def exit_code(*arguments: object) -> int:
+    """Run a command in this process and return its exit code."""
+    with pytest.raises(SystemExit) as caught:
+        main([str(a) for a in arguments])
+    return caught.value.code
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    """Run a command in this process and return its exit code, stdout and stderr."""
+    code = exit_code(*arguments)
+    return code, *capsys.readouterr()
+
+
+def start_python(code: str, *arguments: object) -> subprocess.Popen:
+    """Start a process that runs ``code`` with ``arguments`` and can import what this one can."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of rar-tiny over 8 pictures of 2 classes in the folder train beside it, with as many held out.
+
+    Every module of tests has its own, to write into.
+    """
+    folder = tmp_path_factory.mktemp("tiny")
+    train, heldout = (
+        write_folder(folder / split, random_images(8, 64, seed)) for seed, split in enumerate(("train", "heldout"))
+    )
+    options = ("--model", "rar-tiny", "--views", "center", "--no-class-check", "--out", folder / "run")
+    assert exit_code("score", *options, "--data", train, "--heldout", heldout) == 0
+    return folder / "run"

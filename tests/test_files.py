@@ -9,7 +9,8 @@ import torch
 
 from fastmem import InputFileError, UsageError
 from fastmem.files import read_json, read_tensors, write_atomically, write_json, write_tensors
-from fastmem.runs.folder import Interruption, RunFolder, default_folder
+from fastmem.runs.folder import RunFolder, default_folder
+from fastmem.runs.interruption import Interruption
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):

@@ -1,1 +1,1 @@
-"""The three operators (fc1_response, unit_update_, scale_rows_) in their homes; see :mod:`fastmem.backends.select`."""
+"""The operators fc1_response, unit_update_ and scale_rows_ in plain torch and C++, and the choice between backends."""

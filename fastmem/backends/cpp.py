@@ -1,4 +1,4 @@
-"""The operators in C++ on the CPU; :mod:`fastmem.backends.plain` says what each does."""
+"""The operator fc1_response for the CPU, with its GELU and responses in C++."""
 
 from __future__ import annotations
 
@@ -21,9 +21,25 @@ def fc1_response(
     pre_activation: bool = False,
     keep_hidden: bool = True,
 ) -> tuple[Tensor | None, Tensor]:
-    """The library's matrix product and one pass over it; 16-bit inputs, which no operator takes, in plain torch.
+    """First linear layer of an MLP, its GELU, and each unit's mean absolute activation over each span.
 
-    Arguments and results: as :func:`fastmem.backends.plain.fc1_response`.
+    The matrix product is torch's, and what follows is one pass over it in C++. Inputs of 16 bits, which the C++ code
+    does not take, go through plain torch.
+
+    Args:
+        x: float [N, positions, width].
+        weight: [units, width].
+        bias: [units].
+        spans: S pairs (start, stop) of positions.
+        gelu: "none" for the exact function, "tanh" for its approximation.
+        pre_activation: respond with the input of the GELU in place of its output.
+        keep_hidden: return the hidden layer too.
+
+    Returns:
+        The hidden layer [N, positions, units] in x's dtype, or None, and the responses float32 [N, S, units].
+
+    Raises:
+        UsageError: the C++ code is not there, or an argument does not fit.
     """
     if x.dtype != torch.float32:
         return plain.fc1_response(x, weight, bias, spans, gelu, pre_activation=pre_activation, keep_hidden=keep_hidden)

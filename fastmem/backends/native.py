@@ -1,4 +1,7 @@
-"""The compiled operators (C++ on the CPU, CUDA on the GPU): loaded when first asked for; if not, the reason is kept."""
+"""The compiled operators, in C++ for the CPU and in CUDA for GPUs.
+
+The libraries are loaded when an operator is first asked for. Where one cannot be loaded, the reason is kept.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +20,13 @@ RECORD = "native_build.json"
 
 @dataclass(frozen=True)
 class NativeStatus:
-    """Which libraries are loaded, and in a sentence why not the others.
+    """Which of the compiled libraries are loaded.
 
-    ``cuda`` says that the GPU code is loaded, which needs no GPU; ``reason`` is empty when both are.
+    Attributes:
+        cpu: the operators for the CPU are loaded.
+        cuda: the operators for GPUs are loaded, which needs no GPU.
+        reason: why one is not, in a sentence; empty when both are.
+        folder: where the libraries lie.
     """
 
     cpu: bool
@@ -32,7 +39,7 @@ _status: NativeStatus | None = None
 
 
 def status() -> NativeStatus:
-    """Load the libraries on the first call and say which ones there are; never raises for a missing library."""
+    """Which libraries are there; they are loaded on the first call, and a missing one is no error."""
     global _status
     if _status is None:
         _status = load(FOLDER)
@@ -43,7 +50,7 @@ def status() -> NativeStatus:
 
 
 def load(folder: Path) -> NativeStatus:
-    """Load what a folder has of the two libraries; ``status`` does that once for the installed ones."""
+    """Load those of the two libraries that a folder has."""
     recorded = _read_record(folder)
     cpu_reason = _load_library(folder, "cpu", recorded)
     # the CUDA library adds a kernel to an operator that the CPU library defines: without that it means nothing
@@ -58,15 +65,22 @@ def bias_gelu_response_(
     gelu: str,
     pre_activation: bool = False,
 ) -> torch.Tensor:
-    """What follows the matrix product of fc1, in one pass over it: it becomes ``GELU(linear + bias)`` in place.
+    """Replace the matrix product of fc1 by ``GELU(linear + bias)`` in place, and return each unit's responses.
 
-    linear: float32 [images, positions, units] on the CPU, contiguous, the product without bias; bias: float32 [units];
-    spans: (start, stop) pairs, at least one; gelu: "none" (erf) or "tanh"; pre_activation: respond with ``|linear +
-    bias|`` instead.
+    The results have the same bits for any number of threads.
 
-    Returns float32 [images, spans, units], the mean of ``|.|`` over each span; the same bits for any number of threads.
+    Args:
+        linear: float32 [images, positions, units] on the CPU, contiguous, the product without bias.
+        bias: float32 [units].
+        spans: (start, stop) pairs of positions, at least one.
+        gelu: "none" for the exact function, "tanh" for its approximation.
+        pre_activation: respond with ``|linear + bias|`` in place of ``|GELU(linear + bias)|``.
 
-    Raises: UsageError when the library is not there, or an argument does not fit.
+    Returns:
+        The mean absolute value over each span, float32 [images, spans, units].
+
+    Raises:
+        UsageError: the library is not there, or an argument does not fit.
     """
     _check_device(linear, ("cpu",))
     _check(linear, spans)
@@ -91,10 +105,21 @@ def unit_update_(
 ) -> None:
     """Fold the responses of a batch of images into the statistics of ``count`` images, in place.
 
-    mean, m2, view_total: float64 [...]; top_value: float32 [..., k] and top_image: int64 [..., k], all contiguous;
-    responses: float32 [images, views, ...]; image_ids: int64 [images]; everything on the CPU.
+    All tensors are on the CPU, and those of the statistics are contiguous; "..." are layers, segments and units.
 
-    Raises: UsageError when the library is not there; RuntimeError where a shape or type does not fit.
+    Args:
+        mean: float64 [...], the mean response of each unit.
+        m2: float64 [...], the sum of squared deviations from it.
+        view_total: float64 [...], the sum over images of the variance over views.
+        top_value: float32 [..., k], the k largest responses, best first.
+        top_image: int64 [..., k], the ids of their images.
+        count: images in the statistics before.
+        responses: float32 [images, views, ...].
+        image_ids: int64 [images].
+
+    Raises:
+        UsageError: the library is not there.
+        RuntimeError: a shape or type does not fit.
     """
     _check_device(mean, ("cpu",))
     torch.ops.fastmem.unit_update_(
@@ -103,12 +128,14 @@ def unit_update_(
 
 
 def scale_rows_(weights: Sequence[torch.Tensor], rows: Sequence[torch.Tensor], factor: float) -> None:
-    """``weight[rows] *= factor`` for many matrices, in one launch on a GPU and with the same bits as torch's.
+    """Multiply chosen rows of many matrices by a factor in place, in one launch on a GPU, with the same bits as torch.
 
-    weights: contiguous [height, width] each, of one type (float32, float64, bfloat16, float16) on one device; rows:
-    int64 [n] each, every row of a matrix at most once.
+    ``weights`` are contiguous [height, width] each, of one type (float32, float64, bfloat16 or float16) on one device.
+    ``rows`` are int64 [n] for each of them, every row at most once.
 
-    Raises: UsageError when the library for the device is not there; RuntimeError where an argument does not fit.
+    Raises:
+        UsageError: the library for the device is not there.
+        RuntimeError: an argument does not fit.
     """
     if not weights:
         return
@@ -155,7 +182,7 @@ def _bias_gelu_response_shape(
 
 
 def _nothing(*arguments: object) -> None:
-    """The operator returns nothing, so there is no shape to tell."""
+    """The shape of no result, for operators that return nothing."""
 
 
 # shapes of the results, for torch.compile
@@ -167,7 +194,7 @@ FAKES = {
 
 
 def _load_library(folder: Path, part: str, recorded: dict[str, str]) -> str:
-    """Load one library; returns why that is not possible, or an empty string."""
+    """Load one library; returns the reason where that is not possible, else an empty string."""
     library = folder / f"_fastmem_{part}.so"
     if not library.is_file():
         why = recorded.get(part) or "run pip install --no-build-isolation on the source"

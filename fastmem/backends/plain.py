@@ -1,4 +1,4 @@
-"""The operators in plain torch: the readable specification that every other backend is tested against."""
+"""The operators in plain torch, which specify what every other backend computes and is tested against."""
 
 from __future__ import annotations
 
@@ -12,11 +12,9 @@ Span = tuple[int, int]
 
 
 def segment_abs_mean(hidden: Tensor, spans: Sequence[Span]) -> Tensor:
-    """Mean of ``|hidden|`` over the positions of each span.
+    """Mean of ``|hidden|`` over each of S spans (start, stop): float [N, positions, units] to float32 [N, S, units].
 
-    hidden: float [N, positions, units]; spans: S pairs (start, stop) of positions. Returns float32 [N, S, units].
-
-    Source: arXiv 2509.00488: the absolute value is taken before any averaging.
+    Source: arXiv 2509.00488, which takes the absolute value before any averaging.
     """
     # a span of one position is the usual case (RAR's last): no sum, no copy of the other positions
     return torch.stack([hidden[:, start:stop].float().abs().mean(dim=1) for start, stop in spans], dim=1)
@@ -34,12 +32,18 @@ def fc1_response(
 ) -> tuple[Tensor | None, Tensor]:
     """First linear layer of an MLP, its GELU, and each unit's mean absolute activation over each span.
 
-    x: float [N, positions, width]; weight: [units, width]; bias: [units]; spans: S pairs (start, stop) of positions;
-    gelu: "none" (exact, erf) or "tanh", as ``torch.nn.functional.gelu`` names them; pre_activation: respond with
-    ``|x W^T + b|`` instead of ``|GELU(x W^T + b)|``; keep_hidden: False when only the responses are wanted.
+    Args:
+        x: float [N, positions, width].
+        weight: W, [units, width], in x's dtype.
+        bias: b, [units], in x's dtype.
+        spans: S pairs (start, stop) of positions, which may overlap.
+        gelu: "none" for the exact function, "tanh" for its approximation, as ``torch.nn.functional.gelu`` names them.
+        pre_activation: respond with ``|x W^T + b|`` in place of ``|GELU(x W^T + b)|``.
+        keep_hidden: return the hidden layer too; False where only the responses are wanted.
 
-    Returns hidden = GELU(x W^T + b) as [N, positions, units] in x's dtype or None, and responses as float32 [N, S,
-    units].
+    Returns:
+        The hidden layer GELU(x W^T + b), [N, positions, units] in x's dtype, or None, and the responses float32
+        [N, S, units].
     """
     linear = functional.linear(x, weight, bias)
     hidden = functional.gelu(linear, approximate=gelu)
@@ -47,6 +51,6 @@ def fc1_response(
 
 
 def scale_rows_(weights: Sequence[Tensor], rows: Sequence[Tensor], factor: float) -> None:
-    """``weight[rows] *= factor`` for each matrix [height, width] and its rows int64 [n], in place."""
+    """Multiply the chosen ``rows``, int64 [n], of each of the ``weights`` [height, width] by a factor, in place."""
     for weight, chosen in zip(weights, rows, strict=True):
         weight[chosen.to(weight.device)] *= factor

@@ -1,4 +1,4 @@
-"""Choice of a backend: made once, said once, written into the run."""
+"""Choice of a backend, the one that is asked for by name or the fastest that works on a device."""
 
 from __future__ import annotations
 
@@ -23,11 +23,15 @@ ScaleRows = Callable[[Sequence[Tensor], Sequence[Tensor], float], None]
 
 @dataclass(frozen=True)
 class Backend:
-    """The operators of one home.
+    """The operators of one backend.
 
-    fc1_response, scale_rows_: as :mod:`fastmem.backends.plain` has them; unit_update_: what
-    ``fastmem.stats.accumulators.Fold.update`` does, in place on the fold's tensors, or None where that itself is to
-    run; missed: why "auto" did not take a faster one, empty where it did.
+    Attributes:
+        name: "torch", "cpp" or "triton".
+        fc1_response: fastmem.backends.plain.fc1_response, or an operator with the same arguments and results.
+        unit_update_: does what fastmem.stats.accumulators.Fold.update does, in place on the fold's tensors; None where
+            that method itself is to run.
+        scale_rows_: fastmem.backends.plain.scale_rows_, or an operator with the same arguments and results.
+        missed: why "auto" did not take a faster backend; empty where it took the fastest or was not asked for.
     """
 
     name: str
@@ -38,11 +42,13 @@ class Backend:
 
 
 def choose_backend(name: str, device: torch.device, pre_activation: bool = False) -> Backend:
-    """The backend called ``name``; "auto" takes the best that works on ``device``.
+    """The backend called ``name``; "auto" takes the fastest that works on ``device``.
 
-    pre_activation: responses are of fc1's output before the GELU.
+    With ``pre_activation`` its responses are of fc1's output before the GELU.
 
-    Raises: UsageError for an unknown name, or with the reason why a named backend cannot run; it never falls back.
+    Raises:
+        UsageError: the name is unknown, or the backend cannot run on the device. A named backend is never replaced by
+            another.
     """
     if name not in NAMES:
         raise UsageError(f"expected a backend out of {', '.join(NAMES)}, got {name!r}")

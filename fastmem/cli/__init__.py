@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 from importlib import import_module
 
 import click
@@ -16,16 +17,16 @@ from fastmem.errors import FastmemError
 
 # name -> (module, short help)
 COMMANDS = {
-    "models": ("fastmem.cli.models", "What is known, where its files are, what is missing."),
-    "fetch": ("fastmem.cli.fetch", "Downloads the official files, checks them, or says where to put them."),
-    "score": ("fastmem.cli.score", "One pass over a training set: every unit's statistics and UnitMem."),
-    "index": ("fastmem.cli.index", "Embeds a training set with SSCD and makes the index that extraction searches."),
+    "models": ("fastmem.cli.models", "Lists the models, where their files are, and what is missing."),
+    "fetch": ("fastmem.cli.fetch", "Downloads a model's official files and checks them."),
+    "score": ("fastmem.cli.score", "Scores every unit of a model in one pass over its training images."),
+    "index": ("fastmem.cli.index", "Embeds a training set and makes the index that extraction searches."),
     "extract": ("fastmem.cli.extract", "Pulls training images out of a scored model and judges what comes back."),
     "mitigate": ("fastmem.cli.mitigate", "Weakens the units that memorise: an edit file, or an edited checkpoint."),
-    "evaluate": ("fastmem.cli.evaluate", "Image quality of a scored model, edited or not: samples and losses."),
-    "sweep": ("fastmem.cli.sweep", "Edits of many sizes and selections beside their controls, and the best of them."),
-    "demo": ("fastmem.cli.demo", "Scores the embedded model on the embedded images."),
-    "doctor": ("fastmem.cli.doctor", "What this machine offers, which backend will run, what is missing."),
+    "evaluate": ("fastmem.cli.evaluate", "Measures image quality of a scored model, with or without an edit."),
+    "sweep": ("fastmem.cli.sweep", "Measures edits of many sizes and selections beside their controls."),
+    "demo": ("fastmem.cli.demo", "Scores an embedded model on the embedded images."),
+    "doctor": ("fastmem.cli.doctor", "Says what this machine offers, which backend will run, and what is missing."),
 }
 INTERRUPTED = 130
 
@@ -39,7 +40,17 @@ class LazyGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        return import_module(COMMANDS[cmd_name][0]).command
+        found: click.Command = import_module(COMMANDS[cmd_name][0]).command
+        return found
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+            alike = get_close_matches(args[0], COMMANDS, 1)
+            advice = f" Did you mean {alike[0]!r}?" if alike else f" There are {', '.join(COMMANDS)}."
+            ctx.fail(f"No such command {args[0]!r}.{advice}")
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

@@ -9,14 +9,16 @@ from typing import Any
 
 import click
 
+from fastmem.cli.command import command as make_command
 from fastmem.cli.options import JSON, print_json
-from fastmem.models.registry import entries, home
+from fastmem.home import home
+from fastmem.models.registry import entries
 
 
-@click.command("doctor")
+@make_command("doctor", "doctor", "doctor --json")
 @JSON
 def command(as_json: bool) -> None:
-    """What this machine offers, which backend will run, what is missing."""
+    """Says what this machine offers, which backend will run, and what is missing."""
     report = examine()
     if as_json:
         print_json(report)

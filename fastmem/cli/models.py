@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import click
 
+from fastmem.cli.command import command as make_command
 from fastmem.cli.options import JSON, print_json
 from fastmem.models.registry import entries
 
 
-@click.command("models")
+@make_command("models", "models", "models --json")
 @JSON
 def command(as_json: bool) -> None:
-    """What is known, where its files are, what is missing."""
+    """Lists the models, where their files are, and what is missing."""
     rows = []
     for entry in entries().values():
         files = (entry.generator_file, entry.tokenizer_file)

@@ -1,44 +1,170 @@
-"""Options that several commands share, and how results are printed."""
+"""Options that several commands share, one dataclass and one decorator for each group, and how results are printed."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
-from functools import reduce
-from typing import Any, TypeVar
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import click
 
-Command = TypeVar("Command", bound=Callable[..., Any])
+from fastmem.cli.command import option, option_group
+from fastmem.errors import UsageError
+from fastmem.extraction.candidates import TOP_PER_CLASS
+from fastmem.index.embedding import PUBLISHED_SIZE
+from fastmem.quality.samples import BATCH
+from fastmem.reporter import Reporter
+from fastmem.stages.opened_run import OpenedRun, open_run
+from fastmem.stages.options import AttackOptions, SamplingOptions, SSCDOptions
 
-MODEL = click.option("--model", required=True, metavar="NAME", help="Model name; `fastmem models` lists them.")
-JSON = click.option("--json", "as_json", is_flag=True, help="Put one JSON document on stdout.")
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
-_LOADING = (
-    click.option("--checkpoint", metavar="FILE", help="Generator weights; default: FASTMEM_HOME or the package."),
-    click.option("--tokenizer", metavar="FILE", help="Tokenizer weights; default: FASTMEM_HOME or the package."),
-    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
-    click.option("--dtype", default="float32", show_default=True, help="float32, bfloat16 or float16 (generator)."),
+THE_RUN, IMAGES, WEIGHTS = "The run", "Images", "Weights and device"
+ATTACK, SSCD, SAMPLING, WORK = "The attack", "SSCD, which compares pictures", "Samples", "How the work is done"
+
+JSON = option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+CHECKPOINT = option(
+    "--checkpoint", metavar="FILE", group=WEIGHTS, help="Generator weights.  [default: in FASTMEM_HOME or the package]"
 )
-_RUNNING = (
-    click.option("--backend", default="auto", show_default=True, help="auto, torch, cpp or triton."),
-    click.option("--batch-size", type=click.IntRange(1), help="Views of one forward pass.  [default: 80]"),
-    click.option("--segments", metavar="A,B", help="Positions to score, by name; default: the model's own."),
-    click.option(
-        "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of folds and of images taken per class."
+TOKENIZER = option(
+    "--tokenizer", metavar="FILE", group=WEIGHTS, help="Tokenizer weights.  [default: in FASTMEM_HOME or the package]"
+)
+DEVICE = option("--device", default="auto", show_default=True, group=WEIGHTS, help="auto, cpu, cuda or cuda:N.")
+WORKERS = option(
+    "--workers", type=click.IntRange(0), group=WORK, help="Processes that decode images.  [default: by cores]"
+)
+RESUME = option("--resume", is_flag=True, group=WORK, help="Go on with work that was interrupted.")
+EDIT = option(
+    "--edit", metavar="NAME", group=THE_RUN, help="Use the model with this edit: its name in the run, or a file."
+)
+
+
+def model_option(help_text: str = "Name of the model; `fastmem models` lists them.", required: bool = True) -> Any:
+    """--model."""
+    return option("--model", required=required, metavar="NAME", group=WEIGHTS, help=help_text)
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """The run that a command works on; what is None is as it was scored. Fields as in ``open_run``."""
+
+    run: str
+    data: str | None
+    heldout: str | None
+    classes: str | None
+    checkpoint: str | None
+    tokenizer: str | None
+    device: str
+    dtype: str | None
+
+    def open(self, reporter: Reporter) -> OpenedRun:
+        """Open the run. Raises: as ``open_run``."""
+        settings = asdict(self)
+        return open_run(settings.pop("run"), **settings, reporter=reporter)
+
+
+run_options: Decorator = option_group(
+    RunOptions,
+    "where",
+    option("--run", required=True, metavar="RUN", group=THE_RUN, help="Folder of a scored run."),
+    option("--data", metavar="PATH", group=IMAGES, help="Training images, if they have moved since they were scored."),
+    option("--heldout", metavar="PATH", group=IMAGES, help="Held-out images, if they have moved since."),
+    option("--classes", metavar="FILE", group=IMAGES, help="File with the class order, if it has changed since."),
+    option("--checkpoint", metavar="FILE", group=WEIGHTS, help="Generator weights, if they have moved since."),
+    option("--tokenizer", metavar="FILE", group=WEIGHTS, help="Tokenizer weights, if they have moved since."),
+    DEVICE,
+    option("--dtype", group=WEIGHTS, help="Generator as float32, bfloat16 or float16.  [default: as it was scored]"),
+)
+
+sscd_options: Decorator = option_group(
+    SSCDOptions,
+    "sscd",
+    option(
+        "--sscd", metavar="FILE", group=SSCD, help="Meta's sscd_disc_mixup.torchscript.pt.  [default: in FASTMEM_HOME]"
     ),
-    click.option("--no-class-check", is_flag=True, help="Do not check that the class order fits the checkpoint."),
+    option(
+        "--trust-sscd",
+        is_flag=True,
+        group=SSCD,
+        help="Load a TorchScript file of unknown SHA-256, although it can run any code.",
+    ),
+    option(
+        "--size",
+        "sscd_size",
+        type=int,
+        default=PUBLISHED_SIZE,
+        show_default=True,
+        group=SSCD,
+        help="Side in pixels to which images are resized; SSCD's authors use 288.",
+    ),
+)
+
+attack_options: Decorator = option_group(
+    AttackOptions,
+    "attack",
+    option(
+        "--top-per-class",
+        type=click.IntRange(1),
+        default=TOP_PER_CLASS,
+        show_default=True,
+        group=ATTACK,
+        help="Number of images of every class that are tried.",
+    ),
+    option(
+        "--judge",
+        default="auto",
+        show_default=True,
+        group=ATTACK,
+        help="sscd compares pictures, tokens compares tokens, auto takes sscd if there is a model.",
+    ),
+    option(
+        "--threshold",
+        type=float,
+        group=ATTACK,
+        help="An image is extracted above this similarity.  [default: 0.75 by sscd, 0.9 by tokens]",
+    ),
 )
 
 
-def loading_options(command: Command) -> Command:
-    """--checkpoint --tokenizer --device --dtype."""
-    return reduce(lambda decorated, option: option(decorated), reversed(_LOADING), command)
+def sampling_options(default: str) -> Decorator:
+    """--samples, --seed and --batch-size; ``default`` says how many samples are taken when none are named."""
+    return option_group(
+        SamplingOptions,
+        "sampling",
+        option(
+            "--samples",
+            type=click.IntRange(1),
+            group=SAMPLING,
+            help=f"Number of images to sample from the model.  [default: {default}]",
+        ),
+        option(
+            "--seed",
+            type=click.IntRange(0),
+            default=0,
+            show_default=True,
+            group=SAMPLING,
+            help="Seed of the random draws.",
+        ),
+        option(
+            "--batch-size",
+            type=click.IntRange(1),
+            default=BATCH,
+            show_default=True,
+            group=SAMPLING,
+            help="Number of images that are sampled at once; another number draws other images.",
+        ),
+    )
 
 
-def running_options(command: Command) -> Command:
-    """--backend --batch-size --segments --seed --no-class-check."""
-    return reduce(lambda decorated, option: option(decorated), reversed(_RUNNING), command)
+def parse_share(text: str, name: str = "--top") -> float:
+    """An option as a share of the units: "5%" or "0.05". Raises: UsageError for anything else."""
+    found = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*(%?)", text.strip())
+    share = float(found[1]) / (100 if found[2] else 1) if found else 0.0
+    if not 0 < share <= 1:
+        raise UsageError(f"expected {name} above 0 and up to 100 %, such as 5% or 0.05, got {text!r}")
+    return share
 
 
 def say(sentence: str) -> None:
@@ -49,3 +175,11 @@ def say(sentence: str) -> None:
 def print_json(document: Mapping[str, Any]) -> None:
     """The one JSON document on stdout."""
     click.echo(json.dumps(document, indent=2))
+
+
+def print_document(document: Mapping[str, Any], as_json: bool, in_words: Callable[[Mapping[str, Any]], None]) -> None:
+    """A stage's document on stdout, as JSON or in words."""
+    if as_json:
+        print_json(document)
+    else:
+        in_words(document)

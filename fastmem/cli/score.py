@@ -2,114 +2,157 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import click
 
-from fastmem.cli.options import JSON, MODEL, loading_options, print_json, running_options, say
-from fastmem.cli.progress import report_progress
-from fastmem.data.sources import ImageSource, embedded_source, open_source
-from fastmem.errors import InputFileError, UsageError
-from fastmem.models.checkpoints import load_model
-from fastmem.models.model import Model
-from fastmem.models.registry import find_entry
-from fastmem.report.score_report import ScoreFindings, write_report
-from fastmem.runs.folder import RunFolder, RunInputs, default_folder
-from fastmem.scoring import ScoreResult, score
-
-PRINTED_UNITS = 10
-
-
-@click.command("score")
-@MODEL
-@click.option("--data", metavar="PATH", help="Training images: a folder per class, or a zip of them.")
-@click.option("--heldout", metavar="PATH", help="Images that were not trained on, as a control.")
-@click.option("--out", metavar="RUN", help="Run folder.  [default: runs/MODEL-DATE]")
-@click.option("--views", default="10", show_default=True, help="Views of each image: a number, or center.")
-@click.option("--per-class", type=click.IntRange(1), help="Images of each class, drawn evenly.  [default: all]")
-@click.option("--classes", metavar="FILE", help="Class folders in the checkpoint's order, one name per line.")
-@click.option("--resume", is_flag=True, help="Go on in a run folder that was interrupted.")
-@click.option(
-    "--activation", default="post", show_default=True, help="post or pre: responses after or before the GELU."
+from fastmem.cli.command import command as make_command
+from fastmem.cli.command import option
+from fastmem.cli.options import (
+    CHECKPOINT,
+    DEVICE,
+    IMAGES,
+    JSON,
+    RESUME,
+    TOKENIZER,
+    WEIGHTS,
+    WORK,
+    WORKERS,
+    model_option,
+    print_json,
+    say,
 )
-@click.option("--class-rows", default="auto", show_default=True, help="keep, drop, or auto: kept up to 2 GiB.")
-@click.option("--per-image", is_flag=True, help="Keep every image's loss and hits: membership inference, candidates.")
-@click.option("--cfg", is_flag=True, help="With --per-image, which it implies: the loss without a class too.")
-@click.option("--workers", type=click.IntRange(0), help="Processes that decode images.  [default: by cores]")
-@click.option(
+from fastmem.cli.progress import terminal_reporter
+from fastmem.errors import UsageError
+from fastmem.models.checkpoints import load_model
+from fastmem.models.registry import LARGE_EXAMPLE, SMALL_EXAMPLE, find_entry
+from fastmem.report.score_report import ScoreFindings
+from fastmem.runs.folder import default_folder
+from fastmem.stages.opened_run import open_sources
+from fastmem.stages.score import score
+
+PRINTED_UNITS, PRINTED_SKIPPED = 10, 5
+SCORES, RESULT = "What is measured", "The result"
+
+
+@make_command(
+    "score",
+    f"score --model {SMALL_EXAMPLE}",
+    f"score --model {LARGE_EXAMPLE} --data imagenet/train --heldout imagenet/val",
+)
+@model_option()
+@option("--data", metavar="PATH", group=IMAGES, help="Training images: a folder with one folder per class, or a zip.")
+@option("--heldout", metavar="PATH", group=IMAGES, help="Images that the model was not trained on, as a control.")
+@option("--per-class", type=click.IntRange(1), group=IMAGES, help="Images of each class, drawn evenly.  [default: all]")
+@option("--classes", metavar="FILE", group=IMAGES, help="Class folders in the checkpoint's order, one name per line.")
+@option("--no-class-check", is_flag=True, group=IMAGES, help="Accept a class order that may not fit the checkpoint.")
+@CHECKPOINT
+@TOKENIZER
+@DEVICE
+@option("--dtype", default="float32", show_default=True, group=WEIGHTS, help="Generator as float32, bfloat16, float16.")
+@option("--views", default="10", show_default=True, group=SCORES, help="Views of each image: a number, or center.")
+@option("--segments", metavar="A,B", group=SCORES, help="Positions to score, by name.  [default: the model's own]")
+@option(
+    "--activation",
+    default="post",
+    show_default=True,
+    group=SCORES,
+    help="post takes responses after the GELU, pre before it.",
+)
+@option(
+    "--per-image", is_flag=True, group=SCORES, help="Keep every image's loss and hits, for membership and candidates."
+)
+@option("--cfg", is_flag=True, group=SCORES, help="Keep every image's loss without a class too; implies --per-image.")
+@option(
+    "--seed",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    group=SCORES,
+    help="Seed that deals images to folds and draws those of --per-class.",
+)
+@option("--out", metavar="RUN", group=RESULT, help="Run folder.  [default: runs/MODEL-DATE]")
+@option(
+    "--class-rows",
+    default="auto",
+    show_default=True,
+    group=RESULT,
+    help="keep the statistics of every class, drop them, or auto: keep up to 2 GiB.",
+)
+@RESUME
+@option("--backend", default="auto", show_default=True, group=WORK, help="auto, torch, cpp or triton.")
+@option("--batch-size", type=click.IntRange(1), group=WORK, help="Views of one forward pass.  [default: 80]")
+@WORKERS
+@option(
     "--token-cache",
     default="auto",
     show_default=True,
     metavar="PATH",
-    help="Folder of tokens for later passes, or off.",
+    group=WORK,
+    help="Folder where tokens are kept for later passes; off keeps none, auto takes FASTMEM_HOME/tokens.",
 )
-@loading_options
-@running_options
 @JSON
 def command(
     model: str,
     data: str | None,
     heldout: str | None,
-    out: str | None,
-    views: str,
-    per_class: int | None,
     classes: str | None,
-    resume: bool,
-    activation: str,
-    class_rows: str,
-    per_image: bool,
-    cfg: bool,
-    workers: int | None,
-    token_cache: str,
+    no_class_check: bool,
     checkpoint: str | None,
     tokenizer: str | None,
     device: str,
     dtype: str,
+    views: str,
+    segments: str | None,
+    activation: str,
+    per_image: bool,
+    cfg: bool,
+    per_class: int | None,
+    seed: int,
+    out: str | None,
+    class_rows: str,
+    resume: bool,
     backend: str,
     batch_size: int | None,
-    segments: str | None,
-    seed: int,
-    no_class_check: bool,
+    workers: int | None,
+    token_cache: str,
     as_json: bool,
-) -> ScoreResult:
-    """One pass over a training set: statistics and UnitMem of every unit, as a table, pictures and arrays.
+) -> None:
+    """Scores every unit of a model in one pass over its training images.
 
-    Without --data a tiny model takes the embedded images, any other the folder that FASTMEM_DATA names. Tokens are kept
-    in FASTMEM_HOME/tokens, by the images' content, and a later pass over the same images takes them from there.
+    Leaves a run folder with statistics, UnitMem and controls of every unit as tables, pictures and arrays. Without
+    --data a tiny model takes the embedded images, and any other the folder that FASTMEM_DATA names.
     """
     if resume and out is None:
         raise UsageError("expected --out RUN with --resume, got none: name the run folder to go on in")
     find_entry(model)
     sources = open_sources(model, data, heldout, classes)
     loaded = load_model(model, checkpoint, tokenizer, device, dtype)
-    folder = RunFolder(Path(out) if out is not None else default_folder(model))
-    with report_progress() as reporter:
-        result = score(
+    with terminal_reporter() as reporter:
+        found = score(
             loaded,
             sources["train"],
             heldout=sources.get("heldout"),
             views=parse_views(views),
             segments=[name.strip() for name in segments.split(",")] if segments else None,
-            per_class=per_class,
-            batch_size=batch_size,
-            backend=backend,
-            out=folder.path,
-            resume=resume,
-            seed=seed,
-            check_classes=not no_class_check,
             activation=activation,
-            class_rows=class_rows,
             per_image=per_image or cfg,
             unconditional=cfg,
+            per_class=per_class,
+            seed=seed,
+            class_rows=class_rows,
+            backend=backend,
+            batch_size=batch_size,
             workers=workers,
             token_cache=token_cache,
+            out=Path(out) if out is not None else default_folder(model),
+            resume=resume,
+            check_classes=not no_class_check,
             reporter=reporter,
         )
-    where_from(model, checkpoint, tokenizer, data, heldout, classes).save(folder)
-    finish(loaded, sources["train"], folder, result, parse_views(views), as_json)
-    return result
+    print_score(found.document, found.findings, as_json)
 
 
 def parse_views(text: str) -> int | str:
@@ -121,70 +164,15 @@ def parse_views(text: str) -> int | str:
     return int(text)
 
 
-def where_from(
-    model: str,
-    checkpoint: str | None,
-    tokenizer: str | None,
-    data: str | None,
-    heldout: str | None,
-    classes: str | None,
-) -> RunInputs:
-    """What a later stage needs to find weights and images again, wherever it is called from."""
-    if data is None and not find_entry(model).embedded:
-        data = os.environ.get("FASTMEM_DATA")
-    paths = (checkpoint, tokenizer, data, heldout, classes)
-    return RunInputs(model, *(None if path is None else os.path.abspath(path) for path in paths))
-
-
-def open_sources(model: str, data: str | None, heldout: str | None, classes: str | None) -> dict[str, ImageSource]:
-    """The image sets "train" and, where there is one, "heldout".
-
-    Raises: UsageError where no images are named for a model that has none embedded; see ``open_source`` for the rest.
-    """
-    embedded = find_entry(model).embedded and data is None
-    if embedded:
-        if classes is not None:
-            raise UsageError("expected --classes together with --data, got the embedded images: leave it out")
-        sources = {split: embedded_source(split) for split in ("train", "heldout")}
-    else:
-        path = data or os.environ.get("FASTMEM_DATA")
-        if not path:
-            raise UsageError(
-                f"expected training images for {model}, got none: name a folder with one folder per class with --data "
-                "PATH, or in the environment variable FASTMEM_DATA"
-            )
-        sources = {"train": open_source(path, classes=classes)}
-    if heldout is not None:
-        order = classes if classes is not None else sources["train"].classes
-        sources["heldout"] = open_source(heldout, classes=order)
-    return sources
-
-
-def finish(
-    model: Model, source: ImageSource, folder: RunFolder, result: ScoreResult, views: int | str, as_json: bool
-) -> None:
-    """Write table, pictures and result.json, and print what was found.
-
-    Raises: InputFileError where not one image could be read.
-    """
-    if not result.train.count:
-        first = result.skipped[0]
-        raise InputFileError(
-            f"expected images that can be read in {source.description}, got {len(result.skipped)} that cannot, the "
-            f"first {first.name} ({first.reason}): copy them again"
-        )
-    document, found = write_report(model, source, folder, result, views)
-    for skipped in result.skipped[:5]:
-        say(f"skipped {skipped.name}: {skipped.reason}")
-    if len(result.skipped) > 5:
-        say(f"skipped {len(result.skipped) - 5} more; all are named in {folder.result_file}")
+def print_score(document: Mapping[str, Any], found: ScoreFindings, as_json: bool) -> None:
+    """What a pass found, as JSON or in words; skipped files are named on stderr."""
+    for skipped in document["skipped_images"][:PRINTED_SKIPPED]:
+        say(f"skipped {skipped['name']}: {skipped['reason']}")
+    if document["skipped"] > PRINTED_SKIPPED:
+        say(f"skipped {document['skipped'] - PRINTED_SKIPPED} more; {document['run']}/result.json names all")
     if as_json:
         print_json(document)
-    else:
-        _print_summary(document, found)
-
-
-def _print_summary(document: dict[str, Any], found: ScoreFindings) -> None:
+        return
     heldout = f" + {document['heldout_images']:,} held-out" if document["heldout_images"] else ""
     click.echo(
         f"{document['model']}: {document['images']:,}{heldout} images, {document['layers']} blocks x "
@@ -214,7 +202,7 @@ def _print_summary(document: dict[str, Any], found: ScoreFindings) -> None:
         click.echo(path)
 
 
-def _gap_sentence(gap: dict[str, Any]) -> str:
+def _gap_sentence(gap: Mapping[str, Any]) -> str:
     means = ", ".join(
         f"{name} {row['mean']:+.3f} ({row['low']:+.3f} to {row['high']:+.3f})" for name, row in gap["mean"].items()
     )

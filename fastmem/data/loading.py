@@ -19,7 +19,7 @@ from fastmem.data.decoding import DamagedImage, Skipped
 from fastmem.data.manifest import Manifest
 from fastmem.data.sources import ImageSource
 from fastmem.data.views import Views
-from fastmem.errors import FastmemError, UsageError
+from fastmem.errors import FastmemError, InputFileError, UsageError
 
 MAX_WORKERS = 4
 PREFETCH = 2
@@ -40,6 +40,25 @@ class Batch:
     positions: np.ndarray
     views: torch.Tensor
     skipped: list[Skipped]
+
+
+def check_readable(source: ImageSource, asked: int, kept: int, first: Skipped | None = None) -> None:
+    """Refuse a set of images of which not one could be read.
+
+    Args:
+        source: the images.
+        asked: how many were to be read.
+        kept: how many of them could be.
+        first: one that could not be, to be named in the message.
+
+    Raises:
+        InputFileError: images were asked for and none was kept.
+    """
+    if asked and not kept:
+        named = "" if first is None else f", the first {first.name} ({first.reason})"
+        raise InputFileError(
+            f"expected images that can be read in {source.description}, got {asked} that cannot{named}: copy them again"
+        )
 
 
 def load_views(

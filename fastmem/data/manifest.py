@@ -13,7 +13,7 @@ import numpy as np
 
 from fastmem.data.sources import ImageSource
 from fastmem.errors import InputFileError, UsageError
-from fastmem.files import write_atomically
+from fastmem.files import write_table
 
 FOLDS = 4
 _SCHEMA = "fastmem-manifest-1"
@@ -140,7 +140,6 @@ class Manifest:
             UsageError: the place cannot be written.
         """
         import pyarrow
-        from pyarrow import parquet
 
         columns = {
             "id": pyarrow.array(self.ids),
@@ -150,8 +149,7 @@ class Manifest:
             "fold": pyarrow.array(self.fold),
         }
         metadata = {"schema": _SCHEMA, "hash": self.hash, "classes": json.dumps(self.classes)}
-        table = pyarrow.table(columns, metadata={f"fastmem.{key}": value for key, value in metadata.items()})
-        write_atomically(Path(path), lambda partial: parquet.write_table(table, partial))
+        write_table(Path(path), columns, {f"fastmem.{key}": value for key, value in metadata.items()})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], source: ImageSource | None = None) -> Manifest:
@@ -182,9 +180,14 @@ class Manifest:
             raise InputFileError(
                 f"expected a manifest ({_SCHEMA}) at {path}, got one that cannot be used ({error}); make it again"
             ) from error
-        return manifest if source is None else manifest._found_in(source)
+        return manifest if source is None else manifest.found_in(source)
 
-    def _found_in(self, source: ImageSource) -> Manifest:
+    def found_in(self, source: ImageSource) -> Manifest:
+        """The same images, with their positions in ``source``.
+
+        Raises:
+            UsageError: the source lacks an image, or gives one another label.
+        """
         index = source.index_of(self.ids)
         moved = np.flatnonzero(source.labels[index] != self.labels)
         if len(moved):

@@ -24,6 +24,8 @@ from fastmem.errors import InputFileError, UsageError
 
 MAX_UNNAMED_CLASSES = 1_000_000
 DIGEST_BYTES = 16
+# what stands for a path where images came with the package, and where they are in memory alone
+EMBEDDED, IN_MEMORY = "embedded", "memory"
 _HASHED_BYTES = 2**20
 
 
@@ -43,7 +45,12 @@ class ImageSource(ABC):
         classes: class names; a label without images is allowed.
         skipped: files that were found and take no part.
         description: what this is, for people.
+        place: absolute path from which ``open_source`` reads the same images again, or ``EMBEDDED`` or ``IN_MEMORY``.
+        split: what ``open_source`` has to be told beside the path.
     """
+
+    place: str = IN_MEMORY
+    split: str | None = None
 
     def __init__(
         self,
@@ -144,6 +151,7 @@ class FolderSource(ImageSource):
             present = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
             raise UsageError(no_split(split, root, present))
         self.folder = folder
+        self.place, self.split = os.path.abspath(root), split
         found, skipped = list_folder(folder)
         names, labels, ordered = in_label_order(found, classes, f"folder {folder}", guess=split is None)
         super().__init__(names, labels, ordered, skipped, f"folder {folder}")
@@ -181,6 +189,7 @@ class ZipSource(ImageSource):
 
     def __init__(self, path: str | os.PathLike[str], split: str | None = None, classes: Classes | None = None) -> None:
         self.path = Path(path)
+        self.place, self.split = os.path.abspath(path), split
         self._zip: zipfile.ZipFile | None = None
         self._owner = 0
         with open_zip(self.path) as archive:
@@ -280,7 +289,9 @@ def embedded_source(split: str) -> ZipSource:
     Raises:
         UsageError: there is no such split.
     """
-    return ZipSource(Path(__file__).resolve().parent.parent / "demo" / "emoji64.zip", split)
+    source = ZipSource(Path(__file__).resolve().parent.parent / "demo" / "emoji64.zip", split)
+    source.place = EMBEDDED
+    return source
 
 
 def _hash(parts: Iterable[bytes]) -> bytes:

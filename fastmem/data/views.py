@@ -7,6 +7,7 @@ from typing import ClassVar, Protocol
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 from torchvision.transforms import InterpolationMode, functional
 
 from fastmem.data.decoding import check_pixels
@@ -168,6 +169,33 @@ class Joined:
 
     def __call__(self, image: Image.Image, image_id: int) -> np.ndarray:
         return np.concatenate([self.first(image, image_id), self.second(image, image_id)])
+
+
+def to_unit_range(images: Tensor) -> Tensor:
+    """Pictures uint8 [N,S,S,3] in 0..255 to float32 [N,3,S,S] in [0,1]."""
+    return images.permute(0, 3, 1, 2).float() / 255
+
+
+@dataclass(frozen=True)
+class Mirrored:
+    """The views of another recipe as in a mirror, left and right exchanged."""
+
+    recipe: Views
+
+    @property
+    def name(self) -> str:
+        return f"mirrored-{self.recipe.name}"
+
+    @property
+    def size(self) -> int:
+        return self.recipe.size
+
+    @property
+    def count(self) -> int:
+        return self.recipe.count
+
+    def __call__(self, image: Image.Image, image_id: int) -> np.ndarray:
+        return self.recipe(image, image_id)[:, :, ::-1]
 
 
 def _check(size: int, count: int, most: int | None = None) -> None:

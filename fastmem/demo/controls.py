@@ -13,8 +13,8 @@ from fastmem.demo.memorisation import DOSE_FILE
 from fastmem.ranking.ownership import GroupShare, group_shares, owned_units, owners, pooled_owned
 from fastmem.ranking.selection import select
 from fastmem.report.markdown import markdown_table
-from fastmem.scoring import ScoreResult
 from fastmem.scoring.membership import Membership, membership
+from fastmem.scoring.score import ScoreResult
 
 FRACTION = 0.05
 HELDOUT = "held-out"

@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastmem.data.loading import load_views
 from fastmem.data.manifest import Manifest
 from fastmem.data.sources import embedded_source
 from fastmem.demo.doses import groups
-from fastmem.models.model import Model, to_unit_range
+from fastmem.models.model import Model
 from fastmem.report.markdown import markdown_table
+from fastmem.tokens.cache import TokenCache
+from fastmem.tokens.true_images import read_true_images
 
 DOSE_FILE = Path(__file__).parent / "doses.json"
 BATCH = 64
@@ -39,17 +40,6 @@ class GroupRow:
     came_back: int
 
 
-@torch.inference_mode()
-def center_tokens(model: Model, split: str) -> tuple[Tensor, Tensor, list[str]]:
-    """Centre-view tokens int64 [N,T], labels int64 [N] and names CLASS/NAME of an embedded set."""
-    source = embedded_source(split)
-    manifest = Manifest.build(source)
-    batches = np.array_split(np.arange(len(manifest)), -(-len(manifest) // BATCH))
-    loaded = load_views(source, manifest, batches, model.view_recipe("center"), workers=0)
-    tokens = torch.cat([model.tokenize(to_unit_range(batch.views[:, 0])).cpu() for batch in loaded])
-    return tokens, torch.from_numpy(manifest.labels), manifest.names.tolist()
-
-
 def an_eighth(model: Model) -> int:
     """The prefix length in tokens, among those that the model allows, that is nearest to an eighth of an image."""
     return min(model.prefix_lengths, key=lambda length: abs(length - model.num_tokens // 8))
@@ -66,18 +56,32 @@ def measure(model: Model, tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tenso
     return torch.cat(losses), torch.cat(shares)
 
 
-def dose_table(model: Model, doses: dict[str, int] | None = None, most: int | None = None) -> list[GroupRow]:
+def dose_table(
+    model: Model, doses: dict[str, int] | None = None, most: int | None = None, cache: TokenCache | None = None
+) -> list[GroupRow]:
     """A row for each dose, for images with a training near-duplicate ("twins"), and for held-out images.
 
-    doses: shows per epoch by name; the shipped list when None. most: images of each group; all when None.
+    Args:
+        model: a tiny model.
+        doses: how often each training image is shown per epoch, by name; None takes the shipped list.
+        most: how many images of each group are taken; None takes all.
+        cache: where tokens of the images are looked up.
     """
     doses = json.loads(DOSE_FILE.read_text()) if doses is None else doses
-    tokens, labels, names = center_tokens(model, "train")
+    sources = {split: embedded_source(split) for split in ("train", "heldout")}
+    manifests = {split: Manifest.build(source) for split, source in sources.items()}
+    images = {
+        split: read_true_images(model, source, manifests[split], cache=cache, workers=0)
+        for split, source in sources.items()
+    }
+    names = manifests["train"].names.tolist()
     where = {name: i for i, name in enumerate(names)}
-    members = {group: [where[name] for name in listed[:most]] for group, listed in groups(doses).items()}
-    rows = [_row(group, *measure(model, tokens[listed], labels[listed])) for group, listed in members.items()]
-    tokens, labels, _ = center_tokens(model, "heldout")
-    return [*rows, _row("held-out", *measure(model, tokens[:most], labels[:most]))]
+    rows = []
+    for group, listed in groups(doses).items():
+        chosen = images["train"].take(np.array([where[name] for name in listed[:most]], dtype=np.int64))
+        rows.append(_row(group, *measure(model, chosen.tokens, chosen.labels)))
+    unseen = images["heldout"]
+    return [*rows, _row("held-out", *measure(model, unseen.tokens[:most], unseen.labels[:most]))]
 
 
 def _row(group: str, losses: Tensor, shares: Tensor) -> GroupRow:

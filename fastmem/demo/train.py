@@ -27,14 +27,14 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastmem.data.sources import embedded_source
-from fastmem.data.views import Views
+from fastmem.data.views import Views, to_unit_range
 from fastmem.demo.doses import draw_doses
 from fastmem.demo.loop import SEED, Limits, Loop, save_half, step_generator
 from fastmem.demo.memorisation import dose_table, format_table
 from fastmem.demo.recipes import RECIPES, Recipe, Stage
 from fastmem.models.checkpoints import assemble, build_networks, load_model, read_state, resolve_device
 from fastmem.models.layers import NO_CLASS
-from fastmem.models.model import Model, to_unit_range
+from fastmem.models.model import Model
 from fastmem.models.registry import ModelEntry, find_entry
 
 RESEED_EVERY = 100

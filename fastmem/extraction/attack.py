@@ -5,7 +5,7 @@ Source: arXiv 2502.02514, section 5 (greedy, no guidance, no sampling).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -23,12 +23,17 @@ def attack(
     prefixes: Sequence[int],
     *,
     batch_size: int = BATCH_ROWS,
-    advance: Callable[[int], None] = lambda rows: None,
 ) -> Tensor:
     """Greedy completions of the first P tokens of every target, for each P of ``prefixes``: int64 [P,N,T].
 
-    All prefixes of a target stand side by side in a batch of ``batch_size`` rows; ``Model.generate`` completes rows
-    of the same label and prefix (P = 0 of one class, for one) once. advance: told of finished rows, P*N in all.
+    All prefixes of a target stand side by side in a batch; ``Model.generate`` completes rows of the same label and the
+    same prefix once, such as all those of one class without a prefix.
+
+    Args:
+        model: the model, edited or not.
+        targets: the images, N of them.
+        prefixes: lengths in tokens, P of them.
+        batch_size: rows that are completed at once.
 
     Raises: UsageError without prefixes, or as ``Model.generate``.
     """
@@ -42,7 +47,6 @@ def attack(
         made = model.generate(labels, [targets.tokens[i, : prefixes[p]] for p, i in batch]).cpu()
         for (p, i), row in zip(batch, made, strict=True):
             found[p, i] = row
-        advance(len(batch))
     return found
 
 

@@ -6,7 +6,6 @@ Source: arXiv 2502.02514, section 5 (candidates by the share of right arg max to
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,13 +16,16 @@ from torch import Tensor
 from fastmem.data.loading import load_views
 from fastmem.data.manifest import Manifest
 from fastmem.data.sources import ImageSource
+from fastmem.data.views import to_unit_range
 from fastmem.errors import UsageError
 from fastmem.files import read_tensors, write_tensors
-from fastmem.models.model import Model, to_unit_range
-from fastmem.runs.folder import Interruption
+from fastmem.models.model import Model
+from fastmem.reporter import SILENT, Reporter
+from fastmem.runs.interruption import Interruption
 from fastmem.scoring.image_losses import ImageLosses
 from fastmem.tokens.cache import TokenCache
 from fastmem.tokens.encoding import tokens_of
+from fastmem.tokens.true_images import read_true_images
 
 TOP_PER_CLASS = 5
 BATCH_IMAGES = 16
@@ -81,32 +83,56 @@ def find_targets(
     manifest: Manifest,
     scores: np.ndarray,
     positions: np.ndarray,
+    *,
+    cache: TokenCache | None = None,
     workers: int | None = None,
-    with_pictures: bool = True,
-) -> tuple[Targets, Tensor]:
-    """The images at ``positions`` of a manifest with the tokens of their centre views, and float32 pictures of these
-    views [N,3,S,S] in [0,1]; [0,3,S,S] where they are not asked for, which thousands of large ones should not be.
+) -> Targets:
+    """The images at some positions of a manifest with the tokens of their centre views.
 
-    Images that cannot be read are left out. Raises: as ``load_views``.
+    Images that cannot be read are left out.
+
+    Args:
+        model: whose tokenizer encodes.
+        source: the images that the manifest was built from.
+        manifest: the order of the images.
+        scores: candidate scores of all images, float [N] in manifest order.
+        positions: manifest positions of the targets, int64 [n], ascending.
+        cache: where tokens are looked up.
+        workers: processes that decode images, as in ``load_views``.
+
+    Raises: as ``load_views``.
     """
-    batches = np.array_split(positions, max(1, -(-len(positions) // BATCH_IMAGES)))
-    kept, tokens, pictures = [], [], []
-    for batch in load_views(source, manifest, batches, model.view_recipe("center"), workers):
-        if len(batch.positions):
-            images = to_unit_range(batch.views[:, 0])
-            kept.append(batch.positions)
-            tokens.append(model.tokenize(images).cpu())
-            pictures += [images] * with_pictures
-    at = np.concatenate([np.empty(0, np.int64), *kept])
+    images = read_true_images(model, source, manifest, positions, cache=cache, workers=workers)
+    return targets_of(manifest, scores, positions, images.ids, images.tokens)
+
+
+def targets_of(
+    manifest: Manifest, scores: np.ndarray, positions: np.ndarray, ids: np.ndarray, tokens: Tensor
+) -> Targets:
+    """The targets among some positions of a manifest whose tokens are known.
+
+    Args:
+        manifest: the order of the images.
+        scores: candidate scores of all images, float [N] in manifest order.
+        positions: manifest positions, int64 [m], ascending.
+        ids: ids of those of them that could be read, int64 [n], in the same order.
+        tokens: of their centre views, int64 [n,T].
+    """
+    at = positions[np.isin(manifest.ids[positions], ids)]
+    names = tuple(manifest.names[at].tolist())
+    return Targets(manifest.ids[at], manifest.labels[at], names, np.asarray(scores[at], dtype=np.float32), tokens)
+
+
+def read_pictures(model: Model, source: ImageSource, manifest: Manifest, targets: Targets) -> Tensor:
+    """The centre views of targets as pictures: float32 [n,3,S,S] in [0,1].
+
+    Thousands of them take gigabytes, so they are read for a few dozen targets at a time.
+    """
+    positions = np.flatnonzero(np.isin(manifest.ids, targets.ids))
     size = model.image_size
-    targets = Targets(
-        manifest.ids[at],
-        manifest.labels[at],
-        tuple(manifest.names[at].tolist()),
-        np.asarray(scores[at], dtype=np.float32),
-        torch.cat([torch.empty(0, model.num_tokens, dtype=torch.int64), *tokens]),
-    )
-    return targets, torch.cat([torch.empty(0, 3, size, size), *pictures])
+    batches = [positions] if len(positions) else []
+    loaded = load_views(source, manifest, batches, model.view_recipe("center"), workers=0)
+    return torch.cat([torch.empty(0, 3, size, size), *(to_unit_range(batch.views[:, 0]) for batch in loaded)])
 
 
 def collect_losses(
@@ -118,12 +144,19 @@ def collect_losses(
     batch_size: int = BATCH_IMAGES,
     workers: int | None = None,
     cache: TokenCache | None = None,
-    advance: Callable[[int], None] = lambda images: None,
+    reporter: Reporter = SILENT,
 ) -> ImageLosses:
     """Loss and candidate score of every image's centre view, where the scoring pass kept none.
 
-    file: where they are kept; a pass that was interrupted goes on from the state beside it. None keeps nothing. cache:
-    of tokens, for a pass over images that were encoded before, such as by an edited model.
+    Args:
+        model: the model, edited or not.
+        source: the images that the manifest was built from.
+        manifest: the order of the images.
+        file: where the losses are kept; a pass that was interrupted goes on from the state beside it. None keeps none.
+        batch_size: images of one forward pass.
+        workers: processes that decode images, as in ``load_views``.
+        cache: where tokens are looked up and kept.
+        reporter: is told of images that are done.
 
     Raises: UsageError where the file cannot be written; InputFileError for a damaged state. KeyboardInterrupt keeps
     what was done.
@@ -134,7 +167,7 @@ def collect_losses(
         tensors, header = read_tensors(state, STATE_SCHEMA)
         if header["manifest"] == manifest.hash:
             losses, done = ImageLosses.of(tensors), header["done"]
-            advance(done)
+            reporter.advance(done)
 
     def save() -> None:
         if state is not None:
@@ -143,14 +176,15 @@ def collect_losses(
     batches = [np.arange(i, min(i + batch_size, len(manifest))) for i in range(done, len(manifest), batch_size)]
     saved = time.monotonic()
     with Interruption() as interruption:
-        encoded = tokens_of(model, source, manifest, batches, model.view_recipe("center"), cache, workers=workers)
+        recipe = model.view_recipe("center")
+        encoded = tokens_of(model, source, manifest, batches, recipe, cache, workers=workers, note=reporter.note)
         for positions, batch in zip(batches, encoded, strict=True):
             if len(batch.positions):
                 outcomes = model.outcomes(batch.tokens[:, 0], torch.from_numpy(manifest.labels[batch.positions]))
                 losses.loss[batch.positions] = outcomes.loss.mean(1).cpu().numpy()
                 losses.hits[batch.positions] = model.hit_share(outcomes).cpu().numpy()
             done += len(positions)
-            advance(len(positions))
+            reporter.advance(len(positions))
             if interruption.requested:
                 save()
                 raise KeyboardInterrupt

@@ -7,8 +7,8 @@ was killed goes on with the units it lacks.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,14 @@ from fastmem.data.manifest import Manifest
 from fastmem.data.sources import ImageSource
 from fastmem.errors import UsageError
 from fastmem.extraction.attack import BATCH_ROWS, attack, token_match
-from fastmem.extraction.candidates import TOP_PER_CLASS, Targets, find_targets, highest_per_class
+from fastmem.extraction.candidates import (
+    TOP_PER_CLASS,
+    Targets,
+    find_targets,
+    highest_per_class,
+    read_pictures,
+    targets_of,
+)
 from fastmem.extraction.verdicts import (
     Judge,
     SSCDJudge,
@@ -33,36 +40,64 @@ from fastmem.files import read_tensors, write_tensors
 from fastmem.index.embedding import embed
 from fastmem.index.search import EmbeddingIndex
 from fastmem.models.model import Model
-from fastmem.runs.folder import Interruption
+from fastmem.reporter import SILENT, Reporter
+from fastmem.runs.interruption import Interruption
+from fastmem.tokens.cache import TokenCache
 
 UNIT_SCHEMA = "fastmem.extraction-unit/1"
 UNIT_TARGETS = 32
 
 
 @dataclass(frozen=True)
-class ExtractReporter:
-    """Whom the stage tells about itself; the defaults are silent.
+class ExtractPlan:
+    """What the stage will take.
 
-    note: a sentence; planned: targets and completions to come; advance: targets done.
+    Attributes:
+        targets: images to be pulled out, of both sets.
+        completions: generations, one for each target and prefix.
+        judge: the name of who decides.
+        threshold: a completion that is more alike its target than this counts as extracted.
     """
 
-    note: Callable[[str], None] = field(default=lambda sentence: None)
-    planned: Callable[[int, int], None] = field(default=lambda targets, completions: None)
-    advance: Callable[[int], None] = field(default=lambda targets: None)
+    targets: int
+    completions: int
+    judge: str
+    threshold: float
+    things: str = "candidates"
+
+    @property
+    def total(self) -> int:
+        """Images to be pulled out."""
+        return self.targets
+
+    def __str__(self) -> str:
+        return (
+            f"{self.targets:,} candidates, {self.completions:,} completions, judged by {self.judge} above "
+            f"{self.threshold}"
+        )
 
 
 @dataclass(frozen=True, eq=False)
 class Verdicts:
-    """What came of the N targets of one set with P prefixes.
+    """What came back for the N targets of one set from P prefixes.
 
-    targets: the images; candidate, matched: bool [N], which are candidates of the whole set, and which of the part that
-    matches the held-out set; prefixes: lengths in tokens; tokens: completions, int64 [P,N,T]; match: share of right
-    tokens after the prefix, float64 [P,N]; similarity: with the tokenizer's reconstruction, float32 [P,N]; original:
-    with the image as the model sees it (its centre view), float32 [P,N]; ceiling: of the reconstruction with that view,
-    float32 [N]; nearest, nearest_similarity: id int64 and cosine float32 [P,N] of the nearest training image;
-    twin_similarity: of the target's own nearest other training image, float32 [N]; groups: of near-duplicate targets,
-    int64 [N]. Without an embedder the similarity is the match and original, ceiling are NaN; without an index nearest
-    is -1 and its similarities are NaN.
+    Attributes:
+        targets: the images.
+        candidate: bool [N], which of them are candidates of the whole set.
+        matched: bool [N], which of them are candidates of the part that matches the held-out set.
+        prefixes: lengths in tokens.
+        threshold: a completion that is more alike its target than this counts as extracted.
+        tokens: completions, int64 [P,N,T].
+        match: share of right tokens after the prefix, float64 [P,N].
+        similarity: of the completion with the tokenizer's reconstruction of the target, float32 [P,N]; without an
+            embedder this is the match.
+        original: of the completion with the image as the model sees it (its centre view), float32 [P,N]; NaN without an
+            embedder.
+        ceiling: of the reconstruction with that view, float32 [N]; NaN without an embedder.
+        nearest: id of the training image nearest to the completion, int64 [P,N]; -1 without an index.
+        nearest_similarity: its similarity, float32 [P,N]; NaN without an index.
+        twin_similarity: of the target with the nearest other training image, float32 [N]; NaN without an index.
+        groups: numbers of near-duplicate groups of targets, int64 [N].
     """
 
     targets: Targets
@@ -128,16 +163,29 @@ def extract(
     without: np.ndarray | None = None,
     folder: Path | None = None,
     batch_size: int = BATCH_ROWS,
+    cache: TokenCache | None = None,
     workers: int | None = None,
-    reporter: ExtractReporter | None = None,
+    reporter: Reporter = SILENT,
 ) -> Extraction:
     """Attack the candidates of the set "train" and, where there is one, "heldout", and judge what comes back.
 
-    scores: candidate scores of every image, float [N] in manifest order, by set; prefixes: lengths in tokens, the
-    model's ladder when None; matched: training images that match the held-out set, bool [N], of which candidates are
-    chosen too, so that both sides are chosen from equally many images; None where all do. without: ids of candidates
-    that are left out after the choice, because an edit was chosen on them; folder: where finished work units lie; None
-    keeps them in memory.
+    Args:
+        model: the model, edited or not.
+        sources: images by set.
+        manifests: their order by set.
+        scores: candidate scores of every image, float [N] in manifest order, by set.
+        judge: who decides how alike a completion and its target are.
+        index: of the training set, in which every completion is searched; None searches nothing.
+        prefixes: lengths in tokens; None takes the model's ladder.
+        top_per_class: how many candidates of every class.
+        matched: training images that match the held-out set, bool [N]; candidates are chosen among them too, so that
+            both sides are chosen from equally many images. None where all of them match.
+        without: ids of candidates that are left out after the choice, because an edit was chosen on them.
+        folder: where finished work units lie, from which an interrupted run goes on; None keeps them in memory.
+        batch_size: rows of tokens that are completed at once.
+        cache: where the targets' tokens are looked up.
+        workers: processes that decode images, as in ``load_views``.
+        reporter: is told the plan, targets that are done, and what a person should know.
 
     Raises: UsageError for a prefix that the model does not allow, or an index of another embedder; InputFileError for a
     damaged unit. KeyboardInterrupt keeps the units that were finished.
@@ -146,7 +194,6 @@ def extract(
     check_prefixes(model, lengths)
     if index is not None and isinstance(judge, SSCDJudge):
         index.check_embedder(judge.embedder)
-    reporter = reporter or ExtractReporter()
     started = time.monotonic()
     chosen = {split: highest_per_class(manifest, scores[split], top_per_class) for split, manifest in manifests.items()}
     also = np.empty(0, np.int64)
@@ -161,8 +208,8 @@ def extract(
         also = also[~np.isin(manifests["train"].ids[also], without)]
     wanted = {split: np.union1d(at, also) if split == "train" else at for split, at in chosen.items()}
     total = sum(map(len, wanted.values()))
-    reporter.planned(total, total * len(lengths))
-    stage = _Stage(model, judge, index, lengths, folder, batch_size, workers, reporter)
+    reporter.planned(ExtractPlan(total, total * len(lengths), judge.name, judge.threshold))
+    stage = _Stage(model, judge, index, lengths, folder, batch_size, cache, workers, reporter)
     sets = {}
     for split, positions in wanted.items():
         manifest = manifests[split]
@@ -212,8 +259,9 @@ class _Stage:
     prefixes: tuple[int, ...]
     folder: Path | None
     batch_size: int
+    cache: TokenCache | None
     workers: int | None
-    reporter: ExtractReporter
+    reporter: Reporter
 
     def run(
         self, split: str, source: ImageSource, manifest: Manifest, scores: np.ndarray, positions: np.ndarray
@@ -226,12 +274,14 @@ class _Stage:
                 unit = positions[at]
                 if file is not None and file.exists():
                     part = _Part(**read_tensors(file, UNIT_SCHEMA)[0])
-                    targets = _targets(manifest, scores, unit, part)
+                    targets = targets_of(manifest, scores, unit, part.ids.numpy(), part.true)
                 else:
-                    targets, pictures = find_targets(self.model, source, manifest, scores, unit, self.workers)
+                    targets = find_targets(
+                        self.model, source, manifest, scores, unit, cache=self.cache, workers=self.workers
+                    )
                     if len(targets) < len(unit):
                         self.reporter.note(f"{len(unit) - len(targets)} of {len(unit)} {split} images cannot be read")
-                    part = self._judge(split, targets, pictures)
+                    part = self._judge(split, targets, source, manifest)
                     if file is not None:
                         write_tensors(file, part.tensors(), UNIT_SCHEMA, {})
                 done.append((targets, part))
@@ -240,7 +290,7 @@ class _Stage:
                     raise KeyboardInterrupt
         return done
 
-    def _judge(self, split: str, targets: Targets, pictures: Tensor) -> _Part:
+    def _judge(self, split: str, targets: Targets, source: ImageSource, manifest: Manifest) -> _Part:
         generated = attack(self.model, targets, self.prefixes, batch_size=self.batch_size)
         similarity = self.judge.similarities(self.model, targets, self.prefixes, generated)
         match = token_match(targets.tokens, self.prefixes, generated)
@@ -253,7 +303,7 @@ class _Stage:
         nearest, nearest_similarity = np.full(shape, -1, np.int64), np.full(shape, np.nan, "f4")
         vectors = np.empty((count, 0), np.float32)
         if isinstance(self.judge, SSCDJudge) and count:
-            vectors = embed(self.judge.embedder, pictures)
+            vectors = embed(self.judge.embedder, read_pictures(self.model, source, manifest, targets))
             made = self.judge.vectors(self.model, generated.flatten(0, 1)).reshape(*shape, -1)
             original = cosines(made, vectors)
             ceiling = cosines(self.judge.vectors(self.model, targets.tokens), vectors)
@@ -286,12 +336,6 @@ def _cut(labels: np.ndarray) -> list[np.ndarray]:
             units.append(np.arange(start, stop))
             start = stop
     return units
-
-
-def _targets(manifest: Manifest, scores: np.ndarray, unit: np.ndarray, part: _Part) -> Targets:
-    at = unit[np.isin(manifest.ids[unit], part.ids.numpy())]
-    names = tuple(manifest.names[at].tolist())
-    return Targets(manifest.ids[at], manifest.labels[at], names, np.asarray(scores[at], dtype=np.float32), part.true)
 
 
 def _join(

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fastmem.data.loading import load_views
+from fastmem.data.decoding import Skipped
+from fastmem.data.loading import check_readable, load_views
 from fastmem.data.manifest import Manifest
 from fastmem.data.sources import ImageSource
-from fastmem.errors import InputFileError, UsageError
+from fastmem.errors import UsageError
 from fastmem.files import read_json, write_json
+from fastmem.home import home
 from fastmem.index import faiss_index
 from fastmem.index.embedding import DIMENSIONS, Embedder, SquareResize
 from fastmem.index.files import (
@@ -31,8 +32,9 @@ from fastmem.index.files import (
     write_index,
 )
 from fastmem.index.pending import PendingPart, read_pending
-from fastmem.models.registry import home
-from fastmem.runs.folder import Interruption, check_writable
+from fastmem.reporter import SILENT, Reporter, size, time_left
+from fastmem.runs.folder import check_writable
+from fastmem.runs.interruption import Interruption
 
 BUILD_SCHEMA = "fastmem.index-build/1"
 FOLD_BLOCK = 16_384
@@ -40,21 +42,32 @@ FOLD_BLOCK = 16_384
 
 @dataclass(frozen=True)
 class IndexPlan:
-    """What a pass will take: images to embed, images that have a row already, bytes on disk, seconds where measured."""
+    """What a pass will take.
+
+    Attributes:
+        embedder: its name.
+        images: how many will be embedded.
+        known: images that have a row already.
+        disk_bytes: while the index is made.
+        seconds: at the measured speed; None where it was not measured.
+    """
 
     embedder: str
     images: int
     known: int
     disk_bytes: int
     seconds: float | None
+    things: str = "images"
 
+    @property
+    def total(self) -> int:
+        """Images that will be embedded."""
+        return self.images
 
-@dataclass(frozen=True)
-class IndexReporter:
-    """Whom a pass tells about itself; the defaults are silent. planned: before it; advance: images done."""
-
-    planned: Callable[[IndexPlan], None] = field(default=lambda plan: None)
-    advance: Callable[[int], None] = field(default=lambda images: None)
+    def __str__(self) -> str:
+        images = f"{self.images:,} images" + (f" ({self.known:,} are done)" if self.known else "")
+        disk = f"about {size(self.disk_bytes)} on disk"
+        return f"embedding {images} with {self.embedder}, {disk}{time_left(self.seconds)}"
 
 
 @dataclass(frozen=True)
@@ -82,14 +95,20 @@ def build_index(
     batch_size: int | None = None,
     workers: int | None = None,
     seed: int = 0,
-    reporter: IndexReporter | None = None,
+    reporter: Reporter = SILENT,
 ) -> IndexResult:
     """Embed every image of ``source`` and make the index of the set, or extend one by the images that it lacks.
 
-    out: its folder; None takes the set's own below FASTMEM_HOME, which is used again when it is there. factory: faiss's
-    string, by default the index's own, and exact (``Flat``) for a new one. resume: go on where a run was interrupted,
-    or extend what is there. batch_size: images of one call of the embedder; workers: decoding processes; seed: of the
-    images an approximate index is trained and measured on.
+    Args:
+        source: the images.
+        embedder: what makes vectors of them.
+        out: the index's folder; None takes the set's own below FASTMEM_HOME, and uses what is there again.
+        factory: faiss's string; None takes the index's own, and the exact ``Flat`` for a new one.
+        resume: go on where a run was interrupted, or extend the index that is there.
+        batch_size: images of one call of the embedder; None takes the embedder's own.
+        workers: processes that decode images, as in ``load_views``.
+        seed: draws the images on which an approximate index is trained and its recall measured.
+        reporter: is told the plan, and of images that are done.
 
     Raises: UsageError where ``out`` holds an index and ``resume`` is off, one of another embedder or factory, or cannot
     be written, or where there are fewer images than the factory has cells; InputFileError where not one image can be
@@ -102,7 +121,7 @@ def build_index(
     check_writable(folder)
     header = _existing(folder, embedder, resume or out is None)
     build = _Build(folder, embedder, header, _agree_on_factory(folder, header, factory, len(manifest)), seed)
-    return build.run(source, manifest, batch_size or embedder.batch_size, workers, reporter or IndexReporter())
+    return build.run(source, manifest, batch_size or embedder.batch_size, workers, reporter)
 
 
 def _existing(folder: Path, embedder: Embedder, resume: bool) -> IndexHeader | None:
@@ -150,7 +169,7 @@ class _Build:
     seed: int
 
     def run(
-        self, source: ImageSource, manifest: Manifest, batch_size: int, workers: int | None, reporter: IndexReporter
+        self, source: ImageSource, manifest: Manifest, batch_size: int, workers: int | None, reporter: Reporter
     ) -> IndexResult:
         started = time.monotonic()
         self.known = read_images(self.folder, self.header)[0] if self.header else np.empty(0, np.int64)
@@ -205,7 +224,7 @@ class _Build:
         batches: list[np.ndarray],
         number: int,
         workers: int | None,
-        reporter: IndexReporter,
+        reporter: Reporter,
     ) -> list[Path]:
         """Embed batches of manifest positions into new pending files, numbered from ``number``."""
         files: list[Path] = []
@@ -242,11 +261,7 @@ class _Build:
         if not names:
             # so that a run with mended files does not take them for done
             shutil.rmtree(self.folder / "pending")
-            name, reason = next(iter(skipped.items()))
-            raise InputFileError(
-                f"expected images that can be read in {source.description}, got {len(skipped)} that cannot, the first "
-                f"{name} ({reason}): copy them again"
-            )
+            check_readable(source, len(skipped), 0, Skipped(*next(iter(skipped.items()))))
         for name in names:
             skipped.pop(name, None)
         index = self._index_before()

@@ -22,8 +22,8 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, functional
 
 from fastmem.errors import InputFileError, UsageError
+from fastmem.home import home
 from fastmem.models.checkpoints import resolve_device
-from fastmem.models.registry import home
 
 DIMENSIONS = 512
 PUBLISHED_SIZE = 320

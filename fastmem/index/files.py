@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from fastmem.errors import InputFileError, UsageError
-from fastmem.files import read_json, write_atomically, write_json
+from fastmem.files import read_json, write_atomically, write_json, write_table
 from fastmem.index import faiss_index
 
 SCHEMA = "fastmem.index/1"
@@ -64,15 +64,13 @@ def write_index(
 ) -> IndexHeader:
     """Write vectors, images and at last index.json, which makes them the index; then remove what was before."""
     import pyarrow
-    from pyarrow import parquet
 
     effort, recall = (0, 1.0) if faiss_index.is_exact(index) else faiss_index.tune(index, seed)
     rows = tuple({"name": name, "reason": reason} for name, reason in sorted(skipped.items()))
     header = IndexHeader(*embedder, len(ids), factory, effort, recall, tuple(manifests), 0, rows)
     vectors_file = folder / header.vectors_file
     write_atomically(vectors_file, lambda partial: faiss_index.write(index, partial))
-    table = pyarrow.table({"id": pyarrow.array(ids), "name": pyarrow.array(names, pyarrow.string())})
-    write_atomically(folder / header.images_file, lambda partial: parquet.write_table(table, partial))
+    write_table(folder / header.images_file, {"id": ids, "name": pyarrow.array(names, pyarrow.string())})
     header = IndexHeader(**(asdict(header) | {"bytes": vectors_file.stat().st_size, "skipped": rows}))
     write_json(folder / "index.json", {"schema": SCHEMA, **asdict(header)})
     remove_leftovers(folder, header)

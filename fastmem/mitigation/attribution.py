@@ -21,13 +21,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fastmem.data.loading import check_readable
 from fastmem.data.manifest import Manifest
 from fastmem.data.sources import ImageSource
-from fastmem.errors import InputFileError, UsageError
-from fastmem.extraction.candidates import TOP_PER_CLASS, find_targets, highest_per_class
+from fastmem.errors import UsageError
+from fastmem.extraction.candidates import TOP_PER_CLASS, highest_per_class
 from fastmem.models.model import Model
 from fastmem.ranking.selection import Selection, select
 from fastmem.stats import UnitStats
+from fastmem.tokens.cache import TokenCache
+from fastmem.tokens.true_images import read_true_images, spread
 
 BATCH_IMAGES = 8
 HELDOUT_IMAGES = 256
@@ -42,13 +45,21 @@ def attribution(
     heldout_ids: np.ndarray | None = None,
     heldout_images: int = HELDOUT_IMAGES,
     batch_size: int = BATCH_IMAGES,
+    cache: TokenCache | None = None,
     workers: int | None = None,
 ) -> Tensor:
     """How much memorised images would lose, beyond images never seen, by weakening each unit: float64 [layers, units].
 
-    ids: int64 [m], the memorised images in ``source``; heldout: images that were not trained on; of them, or of those
-    among ``heldout_ids``, int64 [k], at most ``heldout_images`` are taken, evenly over the classes; batch_size: images
-    of one backward pass, which bounds memory.
+    Args:
+        model: the unedited model.
+        source: the training images.
+        ids: ids of the memorised images among them, int64 [m].
+        heldout: images that the model was not trained on.
+        heldout_ids: ids of those that may be taken, int64 [k]; None allows all.
+        heldout_images: how many of them are taken at the most, evenly over the classes.
+        batch_size: images of one backward pass, which bounds memory.
+        cache: where tokens are looked up.
+        workers: processes that decode images, as in ``load_views``.
 
     Raises: UsageError for ids that the source lacks, no ids, or a number below 1; InputFileError where no image of a
     set can be read.
@@ -61,27 +72,22 @@ def attribution(
     if heldout_ids is not None:
         heldout.index_of(np.asarray(heldout_ids, dtype=np.int64))
         allowed = np.flatnonzero(np.isin(theirs.ids, heldout_ids))
-    memorised = _read_tokens(model, source, mine, np.flatnonzero(np.isin(mine.ids, ids)), workers)
-    unseen = _read_tokens(model, heldout, theirs, allowed[spread(len(allowed), heldout_images)], workers)
+    memorised = _read_tokens(model, source, mine, np.flatnonzero(np.isin(mine.ids, ids)), cache, workers)
+    unseen = _read_tokens(model, heldout, theirs, allowed[spread(len(allowed), heldout_images)], cache, workers)
     return attribution_from_tokens(model, *memorised, *unseen, batch_size=batch_size)
 
 
 def _read_tokens(
-    model: Model, source: ImageSource, manifest: Manifest, positions: np.ndarray, workers: int | None
+    model: Model,
+    source: ImageSource,
+    manifest: Manifest,
+    positions: np.ndarray,
+    cache: TokenCache | None,
+    workers: int | None,
 ) -> tuple[Tensor, Tensor]:
-    found, _ = find_targets(model, source, manifest, np.zeros(len(manifest)), positions, workers, with_pictures=False)
-    if len(positions) and not len(found):
-        raise InputFileError(
-            f"expected images that can be read in {source.description}, got {len(positions)} that cannot: copy them "
-            "again"
-        )
-    return found.tokens, torch.from_numpy(found.labels)
-
-
-def spread(count: int, most: int) -> np.ndarray:
-    """At most ``most`` of ``count`` positions, evenly spaced, ascending int64; over a manifest that is evenly over its
-    classes, and within a class by the hash that the ids are."""
-    return np.arange(min(count, most)) * count // max(1, min(count, most))
+    found = read_true_images(model, source, manifest, positions, cache=cache, workers=workers)
+    check_readable(source, len(positions), found.count)
+    return found.tokens, found.labels
 
 
 def attribution_from_tokens(

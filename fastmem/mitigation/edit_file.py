@@ -44,11 +44,24 @@ def _no_ids() -> Tensor:
 class EditPlan:
     """Units to scale, each by its factor, and the weights that they were chosen on.
 
-    layer, unit: int64 [n]; factor: float64 [n]; model, checkpoint, dtype: name, SHA-256 and floating type of the
-    unedited generator; layers, units: its blocks, and fc1 outputs of each; by, fraction, scope, merge, seed: how the
-    units were selected; chosen_on: int64 [m], ids of the training images that the choice has seen as memorised, and
-    chosen_against: int64 [k], ids of the held-out images that it has weighed them against (by attribution; else empty):
-    no result of the edit should be reported on them.
+    Attributes:
+        layer: block of each unit, int64 [n].
+        unit: its number in the block, int64 [n].
+        factor: what its row is multiplied by, float64 [n].
+        model: name of the model.
+        checkpoint: SHA-256 of the unedited generator.
+        dtype: its floating type.
+        layers: how many blocks it has.
+        units: how many fc1 outputs every block has.
+        by: the selection that the units were chosen by.
+        fraction: the share of all units that was asked for.
+        scope: "global" or "per-layer".
+        merge: how scores of several segments became one.
+        seed: of the selection.
+        chosen_on: ids of the training images that the choice has seen as memorised, int64 [m]; empty unless the units
+            were chosen by attribution. No result of the edit should be reported on them.
+        chosen_against: ids of the held-out images that it has weighed them against, int64 [k]; likewise.
+        name: what the file is called; empty for a plan that has none.
     """
 
     layer: Tensor
@@ -66,6 +79,7 @@ class EditPlan:
     seed: int
     chosen_on: Tensor = field(default_factory=_no_ids)
     chosen_against: Tensor = field(default_factory=_no_ids)
+    name: str = ""
 
     def __len__(self) -> int:
         return len(self.layer)
@@ -78,8 +92,17 @@ class EditPlan:
         factor: float | Tensor = 0.5,
         chosen_on: Tensor | None = None,
         chosen_against: Tensor | None = None,
+        name: str = "",
     ) -> EditPlan:
-        """The plan to scale a selection's units of an unedited model; factor: a number, or one for each unit.
+        """The plan to scale a selection's units of an unedited model.
+
+        Args:
+            model: the unedited model.
+            selection: the units.
+            factor: one number for all, or one for each unit, float [n].
+            chosen_on: ids of the training images that the choice has seen, int64 [m].
+            chosen_against: ids of the held-out images that it has seen, int64 [k].
+            name: what the file will be called.
 
         Raises: UsageError for a model with edits, for units that it lacks, or a factor of another shape.
         """
@@ -100,6 +123,7 @@ class EditPlan:
             selection.merge,
             selection.seed,
             *(_no_ids() if ids is None else ids.cpu() for ids in (chosen_on, chosen_against)),
+            name=name,
         )
         plan.check()
         return plan
@@ -155,7 +179,7 @@ class EditPlan:
         """Read what ``save`` wrote. Raises: InputFileError for a missing, damaged or foreign file."""
         tensors, header = read_tensors(Path(path), SCHEMA)
         try:
-            plan = cls(**_checked_tensors(tensors), **_checked_header(header))
+            plan = cls(**_checked_tensors(tensors), **_checked_header(header), name=Path(path).stem)
             plan.check()
         except (UsageError, ValueError) as error:
             raise InputFileError(

@@ -1,6 +1,6 @@
-"""Reading checkpoints: .bin/.pth (torch, weights only) and safetensors, bare or wrapped, memory-mapped, checked.
+"""Models from checkpoint files: .bin and .pth of torch, and safetensors, each bare or inside a trainer's larger file.
 
-Checkpoints are untrusted files: nothing in them is ever run.
+Checkpoints are untrusted files, so only tensors are read from them and nothing in them is ever run.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ NAMES_SHOWN = 3
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """State dict of a checkpoint file, its tensors memory-mapped where the format allows.
+    """State dict of a checkpoint file, with tensors that are memory-mapped where the format allows.
 
-    Raises: InputFileError for a missing, truncated or foreign file.
+    Raises:
+        InputFileError: the file is missing, damaged, or holds something other than tensors.
     """
     path = Path(path)
     if not path.is_file():
@@ -54,7 +55,11 @@ def _torch_load(path: Path) -> object:
 
 
 def unwrap(content: object, path: Path) -> dict[str, Tensor]:
-    """The state dict inside what a checkpoint file holds: wrapper keys and a data-parallel prefix removed."""
+    """The state dict inside a checkpoint file's ``content``, without wrapper keys and a data-parallel prefix.
+
+    Raises:
+        InputFileError: there is none; the message names the file ``path``.
+    """
     while isinstance(content, Mapping):
         inner = next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
         if inner is None:
@@ -71,19 +76,23 @@ def unwrap(content: object, path: Path) -> dict[str, Tensor]:
 
 
 def shapes_of(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """Shape of every entry."""
+    """Shape of every entry of a state dict."""
     return {name: tuple(value.shape) for name, value in state.items()}
 
 
 def build_networks(
     entry: ModelEntry, shapes: Mapping[str, tuple[int, ...]] | None = None
 ) -> tuple[nn.Module, nn.Module]:
-    """Generator and tokenizer of a registry row, initialised; ``shapes`` of a checkpoint tell the number of classes."""
+    """Generator and tokenizer of a registry row, with initial weights.
+
+    ``shapes`` are the shapes in the generator's checkpoint, from which the number of classes is taken, or None to take
+    it from the row.
+    """
     return import_module(entry.module).build(entry.generator, entry.tokenizer, shapes)
 
 
 def find_mismatch(expected: Mapping[str, tuple[int, ...]], got: Mapping[str, tuple[int, ...]]) -> str | None:
-    """What is missing, unexpected and misshaped, in words; None where everything fits."""
+    """What is missing, unexpected or misshaped in ``got``, in words; None where everything fits."""
     missing = [n for n in expected if n not in got]
     unexpected = [n for n in got if n not in expected]
     misshaped = [
@@ -103,7 +112,17 @@ def _some(names: list[str]) -> str:
 
 
 def check_state(entry: ModelEntry, network: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
-    """Raises: UsageError that lists the missing, unexpected and misshaped entries, and the model that would fit."""
+    """Refuse a state dict that does not fit a network.
+
+    Args:
+        entry: the registry row that the network belongs to.
+        network: the generator or the tokenizer.
+        state: the state dict.
+        path: the file that it was read from.
+
+    Raises:
+        UsageError: entries are missing, unexpected or misshaped; it names the model that they would fit, if any.
+    """
     mismatch = find_mismatch(shapes_of(network.state_dict()), shapes_of(state))
     if mismatch is None:
         return
@@ -124,7 +143,11 @@ def _fitting_models(state: Mapping[str, Tensor], but: ModelEntry) -> Iterable[st
 
 
 def resolve_device(name: str | torch.device) -> torch.device:
-    """A torch device; "auto" is the first GPU where there is one. Raises: UsageError for one that is not here."""
+    """A torch device by name; "auto" is the first GPU, or the CPU where there is none.
+
+    Raises:
+        UsageError: the name is unknown, or this machine has no such device.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -139,7 +162,11 @@ def resolve_device(name: str | torch.device) -> torch.device:
 
 
 def resolve_dtype(name: str | torch.dtype) -> torch.dtype:
-    """A floating dtype by name. Raises: UsageError for another."""
+    """A floating dtype by name.
+
+    Raises:
+        UsageError: the name is not that of float32, bfloat16 or float16.
+    """
     known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if isinstance(name, torch.dtype):
         name = str(name).removeprefix("torch.")
@@ -157,11 +184,17 @@ def load_model(
 ) -> Model:
     """A model of the registry with its weights.
 
-    checkpoint, tokenizer: files; None takes the official ones under ``FASTMEM_HOME`` (``fastmem fetch`` puts them
-    there) or in the package. dtype: the generator's; the tokenizer stays float32.
+    Args:
+        name: the model's name, one of ``model_names()``.
+        checkpoint: file of the generator; None takes the official one, which lies in the package or where
+            ``fastmem fetch`` puts it under ``FASTMEM_HOME``.
+        tokenizer: file of the tokenizer; None takes the official one.
+        device: a torch device, or "auto" for the first GPU where there is one.
+        dtype: floating type of the generator: float32, bfloat16 or float16. The tokenizer stays float32.
 
-    Raises: UsageError for an unknown name, device or dtype, or files of another model; InputFileError for a missing or
-    damaged file.
+    Raises:
+        UsageError: the name, device or dtype is unknown, or a file is another model's.
+        InputFileError: a file is missing or damaged.
     """
     entry = find_entry(name)
     target, floating = resolve_device(device), resolve_dtype(dtype)
@@ -178,6 +211,8 @@ def load_model(
         state.clear()
     model = import_module(entry.module).model_class(*networks, entry.preset, entry.prefixes)
     model.name = entry.name
+    model.checkpoint_file = None if checkpoint is None else Path(checkpoint).absolute()
+    model.tokenizer_file = None if tokenizer is None else Path(tokenizer).absolute()
     return model
 
 
@@ -195,7 +230,8 @@ def _find_file(entry: ModelEntry, given: str | Path | None, official: OfficialFi
 def assemble(generator: nn.Module, tokenizer: nn.Module) -> Model:
     """The model object from two networks of any size.
 
-    Raises: UsageError for a generator that no family knows, or networks that do not fit each other.
+    Raises:
+        UsageError: the networks belong to no family, or do not fit each other.
     """
     for module in dict.fromkeys(entry.module for entry in entries().values()):
         family = import_module(module).model_class

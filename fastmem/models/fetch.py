@@ -1,4 +1,4 @@
-"""Downloading the official files into ``FASTMEM_HOME`` and checking what is there."""
+"""Downloading the official files into ``FASTMEM_HOME``, and checking the files that are there."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from fastmem.models.registry import ModelEntry, OfficialFile
 def fetch(entry: ModelEntry, note: Callable[[str], None]) -> list[Path]:
     """Download a model's files where they are missing, and check every entry's name and shape.
 
-    note: told one sentence per step.
+    Every step is told in one sentence to ``note``. Returns the files of the generator and the tokenizer.
 
-    Raises: InputFileError where a file cannot be had or is damaged; UsageError where it is another model's.
+    Raises:
+        InputFileError: a file cannot be downloaded or is damaged.
+        UsageError: a file is another model's.
     """
     paths = [_fetch_file(file, note) for file in (entry.generator_file, entry.tokenizer_file)]
     states = [read_state(path) for path in paths]

@@ -1,4 +1,4 @@
-"""Parts that the generators share: adaLN conditions, the MLP whose units are scored, the cache, the nearest code."""
+"""Parts that the generators share: the cache, the MLP whose units are scored, and the modulation by a condition."""
 
 from __future__ import annotations
 
@@ -9,14 +9,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from fastmem.backends.plain import Span
+from fastmem.backends.select import FC1Response
+
 # the label of the unconditional branch, in every family
 NO_CLASS = -1
-# how many positions' modulations are computed ahead, and how many numbers they may be (256 MiB in float32)
+# most positions whose modulations are computed ahead, and the most numbers these may hold (256 MiB in float32)
 MOST_AHEAD, NUMBERS_AHEAD = 64, 2**26
 
 
 class Cache:
-    """Keys and values of every layer, allocated once: two tensors [layers, N, heads, positions, head width]."""
+    """Keys and values of every layer, allocated once: two tensors [layers, N, heads, positions, head width].
+
+    Args:
+        layers: number of blocks.
+        rows: number of sequences N.
+        heads: attention heads of a block.
+        positions: most positions that a sequence can have.
+        head_width: channels of a head.
+        like: a tensor with the wanted dtype and device.
+    """
 
     def __init__(self, layers: int, rows: int, heads: int, positions: int, head_width: int, like: Tensor) -> None:
         self.keys = like.new_empty(layers, rows, heads, positions, head_width)
@@ -24,7 +36,10 @@ class Cache:
         self.length = 0
 
     def extend(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Append keys and values [N, heads, n, head width] of the positions from ``length`` on; returns all so far."""
+        """Append a layer's keys and values [N, heads, n, head width] from position ``length`` on; returns all so far.
+
+        The caller raises ``length`` when every layer has appended its own.
+        """
         stop = self.length + keys.shape[2]
         self.keys[layer, :, :, self.length : stop] = keys
         self.values[layer, :, :, self.length : stop] = values
@@ -32,7 +47,10 @@ class Cache:
 
 
 class MLP(nn.Module):
-    """fc1, GELU ("none": exact, or "tanh"), fc2; the outputs of fc1 are the *units* that fastmem scores."""
+    """Two linear layers with a GELU between them; the outputs of the first, fc1, are the units that fastmem scores.
+
+    ``gelu`` is "none" for the exact function or "tanh" for its approximation, as torch names them.
+    """
 
     def __init__(self, width: int, units: int, gelu: str = "none") -> None:
         super().__init__()
@@ -43,14 +61,29 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(functional.gelu(self.fc1(x), approximate=self.gelu))
 
+    def observe(self, x: Tensor, spans: Sequence[Span], fc1_response: FC1Response) -> tuple[Tensor, Tensor]:
+        """The output [N, n, width], and each unit's mean absolute activation over each span, float32 [N, S, units]."""
+        hidden, response = fc1_response(x, self.fc1.weight, self.fc1.bias, spans, self.gelu)
+        return self.fc2(hidden), response
+
+    def respond(self, x: Tensor, spans: Sequence[Span], fc1_response: FC1Response) -> Tensor:
+        """The mean absolute activations of ``observe`` alone, computed at no position outside the spans' range."""
+        first, last = min(start for start, _ in spans), max(stop for _, stop in spans)
+        shifted = [(start - first, stop - first) for start, stop in spans]
+        needed = x[:, first:last]
+        return fc1_response(needed, self.fc1.weight, self.fc1.bias, shifted, self.gelu, keep_hidden=False)[1]
+
 
 @dataclass(frozen=True)
 class Condition:
-    """What adaLN sees: one row per *distinct* class, since images of one class share their modulation.
+    """What the modulations of a pass depend on, with one row for each distinct class.
 
-    values: [distinct classes, positions, width], or one position where the modulation is the same at all of them;
-    rows: int64 [N], the row of each image, or None where one row serves all images; ready: what modulations make of the
-    values, where that was computed ahead.
+    Images of one class share their row, so that nothing is computed twice.
+
+    Attributes:
+        values: [classes, positions, width], or [classes, 1, width] where all positions share a value.
+        rows: int64 [N], the row of each image, or None where one row serves all images.
+        ready: the modulations' outputs for the values where they were computed ahead, or None.
     """
 
     values: Tensor
@@ -59,17 +92,18 @@ class Condition:
 
 
 class Modulation(nn.Sequential):
-    """SiLU and a linear layer: condition [classes, positions, width] to ``parts`` tensors of that shape."""
+    """SiLU and a linear layer that turn a condition into ``parts`` tensors for the images, such as shift and scale."""
 
     def __init__(self, width: int, parts: int) -> None:
         super().__init__(nn.SiLU(), nn.Linear(width, parts * width))
         self.parts = parts
 
     def project(self, values: Tensor) -> Tensor:
-        """[classes, positions, width] -> [classes, positions, parts * width]."""
+        """Values [classes, positions, width] to all parts side by side, [classes, positions, parts * width]."""
         return super().forward(values)
 
     def forward(self, condition: Condition) -> tuple[Tensor, ...]:
+        """The parts, each [N, positions, width], or [1, positions, width] where one row serves all images."""
         out = self.project(condition.values) if condition.ready is None else condition.ready[self]
         if condition.rows is not None:
             out = out.index_select(0, condition.rows)
@@ -79,10 +113,13 @@ class Modulation(nn.Sequential):
 class ConditionsAhead:
     """Conditions of single positions whose modulations are computed for many positions at a time.
 
-    A step of generation with few rows takes the time that reading the weights takes, of which the modulations are a
-    third; this reads them once for up to 64 steps.
+    A step of generation with few rows takes as long as reading the weights, and a third of the weights belong to the
+    modulations. They are read once for up to 64 steps here.
 
-    modulations: all that will be asked; make: the condition of the positions first..stop-1; positions: of a sequence.
+    Args:
+        modulations: every modulation of the network.
+        make: gives the condition of the positions first..stop-1.
+        positions: positions of a sequence.
     """
 
     def __init__(
@@ -92,7 +129,7 @@ class ConditionsAhead:
         self.first = self.stop = 0
 
     def at(self, position: int) -> Condition:
-        """The condition of one position; they are asked for in rising order."""
+        """The condition of one position. Positions must be asked for in rising order."""
         if not self.first <= position < self.stop:
             self._compute(position)
         here = slice(position - self.first, position - self.first + 1)
@@ -110,11 +147,5 @@ class ConditionsAhead:
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x * (1 + scale) + shift."""
+    """``x * (1 + scale) + shift``."""
     return torch.addcmul(shift, x, 1 + scale)
-
-
-def nearest_codes(rows: Tensor, codes: Tensor) -> Tensor:
-    """Index of the code nearest to each row: float [n, Z] and [codes, Z] -> int64 [n]; ties: the smallest index."""
-    squares = rows.square().sum(1, keepdim=True) + codes.square().sum(1)
-    return torch.addmm(squares, rows, codes.t(), alpha=-2.0).argmin(1)

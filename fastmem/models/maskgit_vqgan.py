@@ -1,4 +1,4 @@
-"""MaskGIT-VQGAN, the tokenizer of RAR: pictures to discrete tokens and back.
+"""MaskGIT-VQGAN, the tokenizer of RAR: from pictures to a grid of tokens and back.
 
 State-dict names and shapes equal those of ``maskgit-vqgan-imagenet-f16-256.bin``.
 
@@ -12,13 +12,24 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fastmem.errors import UsageError
-from fastmem.models.layers import nearest_codes
+from fastmem.models.tokenizer import Decoder, Encoder, Tokenizer, check_channels, convolution, group_norm, nearest_codes
 
 
 @dataclass(frozen=True)
 class MaskGITVQGANConfig:
-    """Sizes of a MaskGIT-VQGAN; the defaults are the official f16-256 tokenizer's."""
+    """Sizes of a MaskGIT-VQGAN; the defaults are the official f16-256 tokenizer's.
+
+    Attributes:
+        hidden_channels: channels of the first convolution, a multiple of 32.
+        channel_mult: channels of each level as multiples of hidden_channels; every level but the last halves the size.
+        num_res_blocks: residual blocks of a level.
+        z_channels: channels of a code vector, Z.
+        codebook_size: number of codes, V.
+        resolution: pixels along a side of a picture, R.
+
+    Raises:
+        UsageError: ``hidden_channels`` is not a multiple of 32.
+    """
 
     hidden_channels: int = 128
     channel_mult: tuple[int, ...] = (1, 1, 2, 2, 4)
@@ -27,31 +38,26 @@ class MaskGITVQGANConfig:
     codebook_size: int = 1024
     resolution: int = 256
 
+    def __post_init__(self) -> None:
+        check_channels("hidden_channels", self.hidden_channels)
+
     @property
     def grid(self) -> int:
         """Tokens along one side of a picture."""
         return self.resolution // 2 ** (len(self.channel_mult) - 1)
 
 
-def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(32, channels, eps=1e-6)
-
-
-def _conv(channels_in: int, channels_out: int, size: int = 3, bias: bool = False) -> nn.Conv2d:
-    # stride 1 and an odd size: "same" padding is symmetric
-    return nn.Conv2d(channels_in, channels_out, size, padding=size // 2, bias=bias)
-
-
 class ResidualBlock(nn.Module):
-    """Norm, SiLU, convolution, twice; the shortcut of a block that changes width sees the block's *output*."""
+    """Norm, SiLU and convolution, twice, plus the input, or a convolution of the output where the width changes."""
 
     def __init__(self, channels_in: int, channels_out: int) -> None:
         super().__init__()
-        self.norm1 = _norm(channels_in)
-        self.conv1 = _conv(channels_in, channels_out)
-        self.norm2 = _norm(channels_out)
-        self.conv2 = _conv(channels_out, channels_out)
-        self.nin_shortcut = _conv(channels_out, channels_out, 1) if channels_in != channels_out else None
+        self.norm1 = group_norm(channels_in)
+        self.conv1 = convolution(channels_in, channels_out, bias=False)
+        self.norm2 = group_norm(channels_out)
+        self.conv2 = convolution(channels_out, channels_out, bias=False)
+        changes = channels_in != channels_out
+        self.nin_shortcut = convolution(channels_out, channels_out, 1, bias=False) if changes else None
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(functional.silu(self.norm1(x)))
@@ -60,12 +66,20 @@ class ResidualBlock(nn.Module):
         return h + (x if self.nin_shortcut is None else self.nin_shortcut(h))
 
 
-def _residual_blocks(count: int, channels_in: int, channels_out: int) -> nn.ModuleList:
-    return nn.ModuleList(ResidualBlock(channels_in if i == 0 else channels_out, channels_out) for i in range(count))
+def _residual_blocks(count: int, channels_in: int, channels_out: int) -> nn.Sequential:
+    blocks = (ResidualBlock(channels_in if i == 0 else channels_out, channels_out) for i in range(count))
+    return nn.Sequential(*blocks)
 
 
-class DownBlock(nn.Module):
-    """Residual blocks, then (but for the last level) 2x2 average pooling."""
+class DownLevel(nn.Module):
+    """Residual blocks, then, except at the coarsest level, 2x2 average pooling.
+
+    Args:
+        count: residual blocks.
+        channels_in: channels before.
+        channels_out: channels after.
+        pool: halve the size at the end.
+    """
 
     def __init__(self, count: int, channels_in: int, channels_out: int, pool: bool) -> None:
         super().__init__()
@@ -73,117 +87,84 @@ class DownBlock(nn.Module):
         self.pool = pool
 
     def forward(self, x: Tensor) -> Tensor:
-        for block in self.block:
-            x = block(x)
+        x = self.block(x)
         return functional.avg_pool2d(x, 2) if self.pool else x
 
 
-class UpBlock(nn.Module):
-    """Residual blocks, then (but for the finest level) nearest doubling and a convolution."""
+class UpLevel(nn.Module):
+    """Residual blocks, then, except at the finest level, doubling by repetition and a convolution.
+
+    Args:
+        count: residual blocks.
+        channels_in: channels before.
+        channels_out: channels after.
+        double: double the size at the end.
+    """
 
     def __init__(self, count: int, channels_in: int, channels_out: int, double: bool) -> None:
         super().__init__()
         self.block = _residual_blocks(count, channels_in, channels_out)
-        self.upsample_conv = _conv(channels_out, channels_out, bias=True) if double else None
+        self.upsample_conv = convolution(channels_out, channels_out) if double else None
 
     def forward(self, x: Tensor) -> Tensor:
-        for block in self.block:
-            x = block(x)
+        x = self.block(x)
         if self.upsample_conv is None:
             return x
         return self.upsample_conv(functional.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
-class Encoder(nn.Module):
-    """Pictures [N,3,R,R] to latents [N,Z,G,G]."""
-
-    def __init__(self, config: MaskGITVQGANConfig) -> None:
-        super().__init__()
-        widths = [config.hidden_channels * m for m in config.channel_mult]
-        self.conv_in = _conv(3, config.hidden_channels)
-        self.down = nn.ModuleList(
-            DownBlock(config.num_res_blocks, before, width, pool=level < len(widths) - 1)
-            for level, (before, width) in enumerate(zip([config.hidden_channels, *widths], widths, strict=False))
-        )
-        self.mid = _residual_blocks(config.num_res_blocks, widths[-1], widths[-1])
-        self.norm_out = _norm(widths[-1])
-        self.conv_out = _conv(widths[-1], config.z_channels, 1, bias=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
-        for block in (*self.down, *self.mid):
-            x = block(x)
-        return self.conv_out(functional.silu(self.norm_out(x)))
+def _encoder(c: MaskGITVQGANConfig) -> Encoder:
+    widths = Encoder.widths(c.hidden_channels, c.channel_mult)
+    last = widths[-1][1]
+    return Encoder(
+        convolution(3, c.hidden_channels, bias=False),
+        [DownLevel(c.num_res_blocks, *w, pool=level < len(widths) - 1) for level, w in enumerate(widths)],
+        _residual_blocks(c.num_res_blocks, last, last),
+        convolution(last, c.z_channels, 1),
+    )
 
 
-class Decoder(nn.Module):
-    """Latents [N,Z,G,G] to pictures [N,3,R,R]."""
-
-    def __init__(self, config: MaskGITVQGANConfig) -> None:
-        super().__init__()
-        widths = [config.hidden_channels * m for m in config.channel_mult]
-        self.conv_in = _conv(config.z_channels, widths[-1], bias=True)
-        self.mid = _residual_blocks(config.num_res_blocks, widths[-1], widths[-1])
-        self.up = nn.ModuleList(
-            UpBlock(config.num_res_blocks, before, width, double=level > 0)
-            for level, (before, width) in enumerate(zip([*widths[1:], widths[-1]], widths, strict=True))
-        )
-        self.norm_out = _norm(widths[0])
-        self.conv_out = _conv(widths[0], 3, bias=True)
-
-    def forward(self, z: Tensor) -> Tensor:
-        x = self.conv_in(z)
-        for block in (*self.mid, *reversed(self.up)):
-            x = block(x)
-        return self.conv_out(functional.silu(self.norm_out(x)))
+def _decoder(c: MaskGITVQGANConfig) -> Decoder:
+    widths = Decoder.widths(c.hidden_channels, c.channel_mult)
+    last = widths[-1][1]
+    return Decoder(
+        convolution(c.z_channels, last),
+        _residual_blocks(c.num_res_blocks, last, last),
+        [UpLevel(c.num_res_blocks, *w, double=level > 0) for level, w in enumerate(widths)],
+        convolution(widths[0][1], 3),
+    )
 
 
 class Codebook(nn.Module):
-    """The learned code vectors [codebook, Z]; a latent becomes the index of its nearest code."""
+    """The learned code vectors [codebook, Z]; the token of a latent is the index of its nearest code."""
 
-    def __init__(self, size: int, channels: int) -> None:
+    def __init__(self, size: int, channels: int, grid: int) -> None:
         super().__init__()
         self.embedding = nn.Embedding(size, channels)
+        self.grid = grid
 
     def forward(self, z: Tensor) -> Tensor:
-        """Nearest code of every latent: float [N,Z,G,G] -> int64 [N,G*G], raster order."""
+        """Nearest code of every latent: float [N,Z,G,G] to int64 [N,G*G], in raster order."""
         rows = z.permute(0, 2, 3, 1).reshape(-1, z.shape[1])
         return nearest_codes(rows, self.embedding.weight).view(z.shape[0], -1)
 
+    def latents(self, tokens: Tensor) -> Tensor:
+        """Code of every token: int64 [N,G*G] to float [N,Z,G,G]."""
+        return self.embedding(tokens).unflatten(1, (self.grid, self.grid)).permute(0, 3, 1, 2)
 
-class MaskGITVQGAN(nn.Module):
-    """The tokenizer network: ``encode`` pictures to tokens, ``decode`` tokens to pictures."""
+
+class MaskGITVQGAN(Tokenizer):
+    """The tokenizer network of RAR."""
 
     def __init__(self, config: MaskGITVQGANConfig) -> None:
         super().__init__()
-        if config.hidden_channels % 32:
-            raise UsageError(
-                f"expected hidden_channels to be a multiple of 32 (the group norms have 32 groups), "
-                f"got {config.hidden_channels}: choose 32, 64, 96, 128, ..."
-            )
         self.config = config
-        self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
-        self.quantize = Codebook(config.codebook_size, config.z_channels)
-
-    def encode(self, images: Tensor) -> Tensor:
-        """Tokens of pictures: float32 [N,3,R,R] in [0,1] -> int64 [N,G*G]."""
-        return self.quantize(self.latents(images))
+        self.encoder = _encoder(config)
+        self.decoder = _decoder(config)
+        self.quantize = Codebook(config.codebook_size, config.z_channels, config.grid)
 
     def latents(self, images: Tensor) -> Tensor:
-        """Latents of pictures before quantisation: float32 [N,3,R,R] in [0,1] -> [N,Z,G,G]."""
         return self.encoder(images)
 
-    def decode(self, tokens: Tensor) -> Tensor:
-        """Pictures of tokens: int64 [N,G*G] -> float32 [N,3,R,R], clamped to [0,1]."""
-        return self.draw(tokens).clamp(0, 1)
-
-    def draw(self, tokens: Tensor) -> Tensor:
-        """As ``decode``, unclamped, for training."""
-        grid = self.config.grid
-        z = self.quantize.embedding(tokens).view(-1, grid, grid, self.config.z_channels).permute(0, 3, 1, 2)
-        return self.draw_latents(z)
-
     def draw_latents(self, latents: Tensor) -> Tensor:
-        """Pictures of latents: float32 [N,Z,G,G] -> [N,3,R,R], unclamped, 0..1 for pixels."""
         return self.decoder(latents)

@@ -1,23 +1,28 @@
 """The model seam: what every stage may ask of an image autoregressive model, whatever its family.
 
-A family is one subclass of :class:`Model` plus a row in the registry; nothing outside this folder knows a family.
+A family is one subclass of :class:`Model` plus a row in the registry. Nothing outside this folder knows a family.
 """
 
 from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from fastmem.backends.select import Backend, choose_backend
+from fastmem.backends.plain import Span
+from fastmem.backends.select import Backend, FC1Response, choose_backend
+
+# to_unit_range is imported for those who ask this module for it
+from fastmem.data.views import to_unit_range  # noqa: F401
 from fastmem.errors import UsageError
 from fastmem.models.layers import NO_CLASS
+from fastmem.models.observation import Observation, Segment, TokenOutcomes
 from fastmem.models.registry import Preset
 
 # pixels that go through the tokenizer at once, which bounds its memory whatever the caller's batch (8 images of 256 px)
@@ -26,56 +31,52 @@ TOKENIZER_PIXELS = 8 * 256 * 256
 LOGITS = 2**26
 
 
-def to_unit_range(images: Tensor) -> Tensor:
-    """Pictures uint8 [N,S,S,3] in 0..255 to float32 [N,3,S,S] in [0,1]."""
-    return images.permute(0, 3, 1, 2).float() / 255
-
-
 @dataclass(frozen=True)
-class Segment:
-    """A named range of positions of the teacher-forced pass; ``class_only`` ones see no image token."""
+class Sampling:
+    """How tokens are drawn: by the settings of a preset, with a random generator, or torch's global one when None."""
 
-    name: str
-    start: int
-    stop: int
-    class_only: bool = False
-
-
-@dataclass(frozen=True)
-class TokenOutcomes:
-    """How the teacher-forced pass did on true tokens: ``loss`` in nats, float32 [N,T]; ``hit``, bool [N,T], where the
-    arg max of the logits is the true token."""
-
-    loss: Tensor
-    hit: Tensor
-
-
-def _outcomes(logits: Tensor, tokens: Tensor) -> TokenOutcomes:
-    loss = functional.cross_entropy(logits.transpose(1, 2), tokens, reduction="none")
-    return TokenOutcomes(loss, logits.argmax(-1) == tokens)
-
-
-def _hash(network: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(network.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+    preset: Preset
+    generator: torch.Generator | None
 
 
 class Model(ABC):
     """A generator and its tokenizer behind the one interface that the stages use.
 
-    image_size: pixels along a side; num_tokens: T; num_layers, num_units: blocks, and fc1 outputs of each;
-    num_classes: labels are 0..num_classes-1; prefixes: the ladder of prefix lengths in tokens.
+    A family's constructor sets the attributes from ``image_size`` to ``vocabulary`` and then calls this one.
+
+    Args:
+        generator: the network that predicts tokens.
+        tokenizer: the network that turns images into tokens and back.
+        preset: the settings with which ``generate`` samples.
+        prefixes: prefix lengths in tokens, the family's scaled ones when None.
+
+    Attributes:
+        image_size: pixels along a side of an image.
+        num_tokens: tokens of an image, T.
+        num_layers: transformer blocks.
+        num_units: outputs of fc1 in each block.
+        num_classes: classes, whose labels are 0..num_classes-1.
+        vocabulary: number of image tokens, V.
+        prefixes: the prefix lengths that an extraction tries by default, in tokens.
+        name: the registry's name of the model, or the class's where no row describes it.
+        checkpoint_file: the generator's file where the user named one, absolute, else None.
+        tokenizer_file: the tokenizer's file where the user named one, absolute, else None.
+        edits: edits of the weights that are not undone, oldest first.
     """
 
     generator_class: ClassVar[type[nn.Module]]
     tokenizer_class: ClassVar[type[nn.Module]]
-    # of a model that no registry row describes: plain sampling, no guidance
+    # the preset of a model that no registry row describes: plain sampling without guidance
     plain_preset: ClassVar[Preset] = Preset()
-    # share of units whose edit a family's results are stated for, named before anything is measured
+    # share of all units whose edit a family's main results are stated for, fixed before anything is measured
     declared_fraction: ClassVar[float] = 0.05
+
+    image_size: int
+    num_tokens: int
+    num_layers: int
+    num_units: int
+    num_classes: int
+    vocabulary: int
 
     def __init__(
         self, generator: nn.Module, tokenizer: nn.Module, preset: Preset, prefixes: Sequence[int] | None = None
@@ -86,16 +87,11 @@ class Model(ABC):
         self.preset = preset
         self.prefixes = tuple(self.scaled_prefixes() if prefixes is None else prefixes)
         self.name = type(self).__name__
+        self.checkpoint_file: Path | None = None
+        self.tokenizer_file: Path | None = None
+        self.edits: list[Any] = []
         self._fingerprint: dict[str, str] = {}
         self._tokenizer_hash = ""
-        # edits of the weights that are not undone, oldest first
-        self.edits: list[Any] = []
-
-    image_size: int
-    num_tokens: int
-    num_layers: int
-    num_units: int
-    num_classes: int
 
     @property
     @abstractmethod
@@ -109,7 +105,7 @@ class Model(ABC):
 
     @property
     def class_only(self) -> tuple[str, ...]:
-        """Names of the segments that see no image token: reported, never ranked."""
+        """Names of the segments that see no image token, which are reported and never ranked."""
         return tuple(s.name for s in self.all_segments if s.class_only)
 
     @property
@@ -124,11 +120,14 @@ class Model(ABC):
 
     @abstractmethod
     def view_recipe(self, views: int | str) -> Any:
-        """The view recipe this family was trained with: a number of views, or "center"; see fastmem.data.views."""
+        """The crops that this family was trained on, as a recipe of fastmem.data.views.
+
+        ``views`` is the number of crops, or "center" for the centre crop alone.
+        """
 
     @abstractmethod
     def scaled_prefixes(self) -> tuple[int, ...]:
-        """The published prefix ladder at the same shares of this model's tokens."""
+        """The published prefix lengths at the same shares of this model's tokens, in tokens."""
 
     @property
     def prefix_lengths(self) -> Sequence[int]:
@@ -140,25 +139,30 @@ class Model(ABC):
         return self.generator(tokens, labels)
 
     @abstractmethod
-    def _responses(self, tokens: Tensor, labels: Tensor, spans: Sequence[tuple[int, int]], backend: Backend) -> Tensor:
-        """Responses float32 [N,layers,S,units] of checked tokens and labels."""
+    def _observe(
+        self, tokens: Tensor, labels: Tensor, spans: Sequence[Span], fc1_response: FC1Response, with_logits: bool
+    ) -> Observation:
+        """The teacher-forced pass over true tokens, with every block's fc1 run by ``fc1_response``.
 
-    def _responses_and_logits(
-        self, tokens: Tensor, labels: Tensor, spans: Sequence[tuple[int, int]], backend: Backend
-    ) -> tuple[Tensor, Tensor]:
-        """Responses and logits of checked tokens and labels; a family can share the pass between them."""
-        return self._responses(tokens, labels, spans, backend), self.forward_logits(tokens, labels)
+        Args:
+            tokens: int64 [N,T], checked and on the model's device.
+            labels: int64 [N], likewise.
+            spans: the (start, stop) positions of S segments.
+            fc1_response: the operator, as fastmem.backends.plain.fc1_response describes it.
+            with_logits: logits are wanted too. A family that leaves them None has them computed by ``forward_logits``,
+                in a pass of their own.
+        """
 
     @abstractmethod
-    def _generate(
-        self,
-        labels: Tensor,
-        tokens: Tensor,
-        lengths: Tensor,
-        preset: Preset | None,
-        generator: torch.Generator | None,
-    ) -> Tensor:
-        """Complete rows of tokens int64 [N,T] whose first ``lengths`` [N] are given; greedy without a preset."""
+    def _generate(self, labels: Tensor, tokens: Tensor, lengths: Tensor, sampling: Sampling | None) -> Tensor:
+        """Continue the beginnings of rows of tokens to whole images, int64 [N,T].
+
+        Args:
+            labels: int64 [N], on the model's device as all tensors here, with N of at least 1.
+            tokens: int64 [N,T], which may be overwritten.
+            lengths: int64 [N], how many first tokens of each row are given.
+            sampling: how the other tokens are drawn, or None for the arg max without guidance.
+        """
 
     @property
     def device(self) -> torch.device:
@@ -171,20 +175,22 @@ class Model(ABC):
         return next(self.generator.parameters()).dtype
 
     def fingerprint(self) -> dict[str, str]:
-        """SHA-256 of the weights of "checkpoint" (the generator) and "tokenizer", as hex; computed once."""
+        """SHA-256 of the weights of "checkpoint" (the generator) and "tokenizer", in hex; computed once."""
         if not self._fingerprint:
             self._fingerprint = {"checkpoint": _hash(self.generator), "tokenizer": self.tokenizer_hash()}
         return self._fingerprint
 
     def tokenizer_hash(self) -> str:
-        """The "tokenizer" of ``fingerprint`` alone, which no edit of the generator changes; computed once."""
+        """SHA-256 of the tokenizer's weights, in hex, which no edit of the generator changes; computed once."""
         if not self._tokenizer_hash:
             self._tokenizer_hash = _hash(self.tokenizer)
         return self._tokenizer_hash
 
     def exchange_fingerprint(self, known: dict[str, str]) -> dict[str, str]:
-        """For who changes the weights in place: say which hashes are known of them now ({}: none), and get those that
-        were known before."""
+        """Replace the remembered fingerprint after a change of the weights in place, and return the one before.
+
+        ``known`` is the fingerprint of the weights as they are now, or {} to have it computed when it is asked for.
+        """
         before, self._fingerprint = self._fingerprint, known
         return before
 
@@ -193,14 +199,12 @@ class Model(ABC):
         """How many images' logits are held at once."""
         return max(1, LOGITS // (self.num_tokens * self.vocabulary))
 
-    def _tokenizer_chunks(self, batch: Tensor) -> tuple[Tensor, ...]:
-        return batch.split(max(1, TOKENIZER_PIXELS // self.image_size**2))
-
     @torch.inference_mode()
     def tokenize(self, images: Tensor) -> Tensor:
-        """Tokens of images: float [N,3,S,S] in [0,1] -> int64 [N,T].
+        """Tokens of images: float [N,3,S,S] in [0,1] to int64 [N,T].
 
-        Raises: UsageError for another shape.
+        Raises:
+            UsageError: the images have another shape or an integer type.
         """
         expected = (3, self.image_size, self.image_size)
         if images.ndim != 4 or tuple(images.shape[1:]) != expected or not images.is_floating_point():
@@ -215,19 +219,26 @@ class Model(ABC):
 
     @torch.inference_mode()
     def decode(self, tokens: Tensor) -> Tensor:
-        """Images of tokens: int64 [N,T] -> float32 [N,3,S,S] in [0,1].
+        """Images of tokens: int64 [N,T] to float32 [N,3,S,S] in [0,1].
 
-        Raises: UsageError for another shape or tokens outside the codebook.
+        Raises:
+            UsageError: the tokens have another shape or are outside the codebook.
         """
         tokens = self._check_tokens(tokens)
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             return torch.cat([self.tokenizer.decode(chunk) for chunk in self._tokenizer_chunks(tokens)])
 
+    def _tokenizer_chunks(self, batch: Tensor) -> tuple[Tensor, ...]:
+        return batch.split(max(1, TOKENIZER_PIXELS // self.image_size**2))
+
     @torch.inference_mode()
     def logits(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        """Teacher-forced logits of true tokens int64 [N,T] under labels int64 [N]: float32 [N,T,V].
+        """Teacher-forced logits float32 [N,T,V] of true tokens int64 [N,T] under labels int64 [N].
 
-        Position t predicts token t. Raises: UsageError for other shapes, tokens or labels out of range.
+        Position t predicts token t.
+
+        Raises:
+            UsageError: tokens or labels have another shape or are out of range.
         """
         return self.forward_logits(*self.check_inputs(tokens, labels))
 
@@ -235,41 +246,31 @@ class Model(ABC):
     def outcomes(self, tokens: Tensor, labels: Tensor | None) -> TokenOutcomes:
         """Loss and hits of true tokens int64 [N,T] under labels int64 [N], or without a class where labels are None.
 
-        Raises: as ``logits``.
+        Raises:
+            UsageError: tokens or labels have another shape or are out of range.
         """
-        tokens = self._check_tokens(tokens)
         if labels is None:
+            tokens = self._check_tokens(tokens)
             labels = torch.full((len(tokens),), NO_CLASS, device=self.device)
         else:
-            labels = self._check_labels(labels, len(tokens))
-        chunks = (c.split(self.rows_of_logits) for c in (tokens, labels))
-        return _join([_outcomes(self.forward_logits(t, y), t) for t, y in zip(*chunks, strict=True)])
-
-    @torch.inference_mode()
-    def responses_and_outcomes(
-        self, tokens: Tensor, labels: Tensor, segments: Sequence[str] | None = None, backend: Backend | None = None
-    ) -> tuple[Tensor, TokenOutcomes]:
-        """What ``responses`` and ``outcomes`` give, from one pass. Raises: as both."""
-        spans = [(s.start, s.stop) for s in self.find_segments(segments)]
-        backend = choose_backend("auto", self.device) if backend is None else backend
-        tokens = self._check_tokens(tokens)
-        labels = self._check_labels(labels, len(tokens))
-        responses, outcomes = [], []
-        for t, y in zip(*(c.split(self.rows_of_logits) for c in (tokens, labels)), strict=True):
-            response, logits = self._responses_and_logits(t, y, spans, backend)
-            responses.append(response)
-            outcomes.append(_outcomes(logits, t))
-        return torch.cat(responses), _join(outcomes)
+            tokens, labels = self.check_inputs(tokens, labels)
+        chunks = self._logits_chunks(tokens, labels)
+        return TokenOutcomes.join([TokenOutcomes.of(self.forward_logits(t, y), t) for t, y in chunks])
 
     def candidate_scores(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        """Share of hits over the candidate positions, float32 [N]: where the arg max of the logits is the true token.
+        """Share of hits over the candidate positions, float32 [N], for tokens int64 [N,T] under labels int64 [N].
 
-        tokens: int64 [N,T]; labels: int64 [N]. Raises: as ``logits``. Source: arXiv 2502.02514.
+        A hit is a token that is the arg max of its logits.
+
+        Raises:
+            UsageError: tokens or labels have another shape or are out of range.
+
+        Source: arXiv 2502.02514.
         """
         return self.hit_share(self.outcomes(tokens, labels))
 
     def hit_share(self, outcomes: TokenOutcomes) -> Tensor:
-        """``candidate_scores`` from outcomes: float32 [N]."""
+        """Share of hits over the candidate positions, float32 [N], of outcomes that are known already."""
         start, stop = self.candidate_positions
         return outcomes.hit[:, start:stop].float().mean(1)
 
@@ -277,15 +278,53 @@ class Model(ABC):
     def responses(
         self, tokens: Tensor, labels: Tensor, segments: Sequence[str] | None = None, backend: Backend | None = None
     ) -> Tensor:
-        """Mean absolute fc1 activation over each segment: float32 [N,layers,segments,units].
+        """Each unit's mean absolute activation over each segment, float32 [N,layers,segments,units].
 
-        tokens: int64 [N,T]; labels: int64 [N]; segments: names, the default ones when None.
+        Args:
+            tokens: int64 [N,T].
+            labels: int64 [N].
+            segments: names, the default ones when None.
+            backend: the operators to use, the best ones for the model's device when None.
 
-        Raises: UsageError for an unknown segment, other shapes, tokens or labels out of range.
+        Raises:
+            UsageError: a segment is unknown, or tokens or labels have another shape or are out of range.
         """
+        spans, fc1_response = self._choose(segments, backend)
+        return self._observe(*self.check_inputs(tokens, labels), spans, fc1_response, False).responses
+
+    @torch.inference_mode()
+    def responses_and_outcomes(
+        self, tokens: Tensor, labels: Tensor, segments: Sequence[str] | None = None, backend: Backend | None = None
+    ) -> tuple[Tensor, TokenOutcomes]:
+        """What ``responses`` and ``outcomes`` give, from one pass where the family shares it between them.
+
+        Args:
+            tokens: true tokens int64 [N,T].
+            labels: true labels int64 [N].
+            segments: names of the responses' segments, the default ones when None.
+            backend: the operators to use, the best ones for the model's device when None.
+
+        Raises:
+            UsageError: in the cases in which ``responses`` raises it.
+        """
+        spans, fc1_response = self._choose(segments, backend)
+        responses, outcomes = [], []
+        for t, y in self._logits_chunks(*self.check_inputs(tokens, labels)):
+            seen = self._observe(t, y, spans, fc1_response, True)
+            logits = self.forward_logits(t, y) if seen.logits is None else seen.logits
+            responses.append(seen.responses)
+            outcomes.append(TokenOutcomes.of(logits, t))
+        return torch.cat(responses), TokenOutcomes.join(outcomes)
+
+    def _choose(self, segments: Sequence[str] | None, backend: Backend | None) -> tuple[list[Span], FC1Response]:
+        """The positions of named segments, and the operator that a pass over them uses."""
         spans = [(s.start, s.stop) for s in self.find_segments(segments)]
         backend = choose_backend("auto", self.device) if backend is None else backend
-        return self._responses(self._check_tokens(tokens), self._check_labels(labels, len(tokens)), spans, backend)
+        return spans, backend.fc1_response
+
+    def _logits_chunks(self, tokens: Tensor, labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Tokens and labels of as many images at a time as may have their logits held at once."""
+        return zip(tokens.split(self.rows_of_logits), labels.split(self.rows_of_logits), strict=True)
 
     @torch.inference_mode()
     def generate(
@@ -297,30 +336,26 @@ class Model(ABC):
         preset: Preset | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Continue prefixes of true tokens to whole images: int64 [N,T].
+        """Continue prefixes of true tokens to whole images, int64 [N,T].
 
-        labels: int64 [N]; prefix: int64 [N,P] with P >= 0, or N rows of different length; greedy: arg max of the
-        conditional branch, no guidance, equal rows computed once; else sampled by ``preset`` (the model's own when
-        None) with ``generator``.
+        Args:
+            labels: int64 [N].
+            prefix: int64 [N,P] with P >= 0, or N rows of different length.
+            greedy: take the arg max of the conditional logits, without guidance, and compute equal rows once; else
+                sample.
+            preset: settings to sample with, the model's own when None.
+            generator: random state to sample with, torch's global one when None.
 
-        Raises: UsageError for a preset with greedy, other shapes, prefixes longer than T or of a length that is not
-        among ``prefix_lengths``, values out of range.
+        Raises:
+            UsageError: a preset is given with ``greedy``, a prefix has a length that is not among ``prefix_lengths``,
+                or labels or tokens have another shape or are out of range.
         """
         if greedy and preset is not None:
             raise UsageError("expected no preset with greedy=True, got one: drop it, or pass greedy=False to sample")
         rows = list(prefix)
         labels = self._check_labels(labels, len(rows))
         lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64)
-        if len(rows) and int(lengths.max()) > self.num_tokens:
-            raise UsageError(
-                f"expected prefixes of at most {self.num_tokens} tokens, got one of {int(lengths.max())}: shorten it"
-            )
-        unfit = [length for length in lengths.tolist() if length not in self.prefix_lengths]
-        if unfit:
-            raise UsageError(
-                f"expected prefixes of {', '.join(map(str, self.prefix_lengths))} tokens, got one of {unfit[0]}: "
-                "end it at one of these"
-            )
+        self._check_lengths(lengths.tolist())
         tokens = torch.zeros(len(rows), self.num_tokens, dtype=torch.int64, device=self.device)
         for row, given in zip(tokens, rows, strict=True):
             row[: len(given)] = torch.as_tensor(given, device=self.device)
@@ -329,12 +364,16 @@ class Model(ABC):
             return tokens
         lengths = lengths.to(self.device)
         if not greedy:
-            return self._generate(labels, tokens, lengths, preset or self.preset, generator)
+            return self._generate(labels, tokens, lengths, Sampling(preset or self.preset, generator))
         first, same = _distinct(torch.cat([labels[:, None], lengths[:, None], tokens], dim=1))
-        return self._generate(labels[first], tokens[first], lengths[first], None, None)[same]
+        return self._generate(labels[first], tokens[first], lengths[first], None)[same]
 
     def find_segments(self, names: Sequence[str] | None) -> tuple[Segment, ...]:
-        """Segments by name, the default ones when None. Raises: UsageError for an unknown or empty list of names."""
+        """Segments by name, the default ones when None.
+
+        Raises:
+            UsageError: a name is unknown, or there is none.
+        """
         known = {s.name: s for s in self.all_segments}
         chosen = self.segments if names is None else tuple(names)
         unknown = [n for n in chosen if n not in known]
@@ -345,7 +384,8 @@ class Model(ABC):
     def check_inputs(self, tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens int64 [N,T] and labels int64 [N] on the model's device, as ``forward_logits`` takes them.
 
-        Raises: as ``logits``.
+        Raises:
+            UsageError: tokens or labels have another shape or are out of range.
         """
         return self._check_tokens(tokens), self._check_labels(labels, len(tokens))
 
@@ -360,11 +400,6 @@ class Model(ABC):
             )
         return tokens.to(self.device, torch.int64)
 
-    @property
-    @abstractmethod
-    def vocabulary(self) -> int:
-        """Number of image tokens, V."""
-
     def _check_labels(self, labels: Tensor, count: int) -> Tensor:
         if labels.shape != (count,) or labels.is_floating_point():
             raise UsageError(f"expected labels as int64 [{count}], got {labels.dtype} {list(labels.shape)}")
@@ -375,15 +410,30 @@ class Model(ABC):
             )
         return labels.to(self.device, torch.int64)
 
+    def _check_lengths(self, lengths: Sequence[int]) -> None:
+        longest = max(lengths, default=0)
+        if longest > self.num_tokens:
+            raise UsageError(f"expected prefixes of at most {self.num_tokens} tokens, got one of {longest}: shorten it")
+        unfit = [length for length in lengths if length not in self.prefix_lengths]
+        if unfit:
+            raise UsageError(
+                f"expected prefixes of {', '.join(map(str, self.prefix_lengths))} tokens, got one of {unfit[0]}: "
+                "end it at one of these"
+            )
+
+
+def _hash(network: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
 
 def _distinct(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Of int64 [N,n]: the first of each set of equal rows, in order, int64 [D]; and which of them each row equals."""
+    """The first of each set of equal rows of int64 [N,n], in order, int64 [D]; and which of these each row equals."""
     _, same = rows.unique(dim=0, return_inverse=True)
     order = torch.arange(len(rows), device=rows.device)
     first = torch.full_like(order, len(rows)).scatter_reduce_(0, same, order, "amin")[: int(same.max()) + 1]
     by_first = first.argsort()
     return first[by_first], by_first.argsort()[same]
-
-
-def _join(parts: Sequence[TokenOutcomes]) -> TokenOutcomes:
-    return TokenOutcomes(torch.cat([p.loss for p in parts]), torch.cat([p.hit for p in parts]))

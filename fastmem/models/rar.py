@@ -1,8 +1,8 @@
 """RAR: a causal transformer over image tokens whose adaLN modulation depends on class and position.
 
-State-dict names and shapes equal those of ``rar_b.bin`` ... ``rar_xxl.bin``. A sequence is cls, class token, then the
-T image tokens in raster order; position p (1..T) predicts image token p-1. Vocabulary ids: image tokens
-0..codebook-1, the mask token (training only), class c as codebook+1+c, and last "no class".
+State-dict names and shapes equal those of ``rar_b.bin`` ... ``rar_xxl.bin``. A sequence is a start token (cls), the
+class token and the T image tokens in raster order. Position p (1..T) predicts image token p-1. The vocabulary holds the
+image tokens as 0..codebook-1, then the mask token (for training only), class c as codebook+1+c, and last "no class".
 
 Source: RAR (arXiv 2411.00776); bytedance/1d-tokenizer ``modeling/rar.py``.
 """
@@ -17,24 +17,40 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fastmem.backends.select import Backend, FC1Response
+from fastmem.backends.plain import Span
+from fastmem.backends.select import FC1Response
 from fastmem.data.views import CenterCrop, TenCrop
 from fastmem.errors import UsageError
 from fastmem.models.layers import MLP, NO_CLASS, Cache, Condition, ConditionsAhead, Modulation, modulate
 from fastmem.models.maskgit_vqgan import MaskGITVQGAN, MaskGITVQGANConfig
-from fastmem.models.model import Model, Segment
-from fastmem.models.registry import Preset
+from fastmem.models.model import Model, Sampling
+from fastmem.models.observation import Observation, Segment
+from fastmem.models.registry import PREFIX_LADDER, Preset
 
 # positions before the first image token: cls and the class token
 LEAD = 2
-# candidates are judged by their hits over this many last tokens; prefixes are of 256 tokens (arXiv 2502.02514)
+# candidates are judged by their hits over this many last tokens (arXiv 2502.02514)
 CANDIDATE_TOKENS = 99
-PREFIXES = (0, 1, 5, 14, 30)
+# tokens of the images for which the prefix ladder was published
+PUBLISHED_TOKENS = 256
 
 
 @dataclass(frozen=True)
 class RARConfig:
-    """Sizes of a RAR; the defaults are RAR-B's."""
+    """Sizes of a RAR; the defaults are RAR-B's.
+
+    Attributes:
+        hidden_size: channels of the residual stream.
+        num_layers: blocks.
+        num_heads: attention heads of each block, a divisor of hidden_size.
+        intermediate_size: units of each block, the outputs of fc1.
+        image_seq_len: tokens of an image, T.
+        codebook_size: number of image tokens, V.
+        num_classes: classes, without the unconditional one.
+
+    Raises:
+        UsageError: ``hidden_size`` is not a multiple of ``num_heads``.
+    """
 
     hidden_size: int = 768
     num_layers: int = 24
@@ -85,13 +101,26 @@ class Block(nn.Module):
         self.mlp = MLP(width, units)
         self.adaLN_modulation = Modulation(width, 6)
 
-    def attend(self, x: Tensor, condition: Condition, cache: Cache | None, layer: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The attention half: returns the residual stream, the MLP's input and the MLP's gate."""
+    def attend(
+        self, x: Tensor, condition: Condition, cache: Cache | None = None, layer: int = 0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The attention half of the block, up to the input of the MLP.
+
+        Args:
+            x: residual stream [N, n, width].
+            condition: what modulates the n positions.
+            cache: keys and values of earlier positions, which is extended; None for a sequence from its start.
+            layer: the block's number in the cache.
+
+        Returns:
+            The residual stream after attention, the MLP's input, and the gate of the MLP's output.
+        """
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(condition)
         x = x + gate_a * self.attn(modulate(self.norm1(x), shift_a, scale_a), cache, layer)
         return x, modulate(self.norm2(x), shift_m, scale_m), gate_m
 
     def forward(self, x: Tensor, condition: Condition, cache: Cache | None = None, layer: int = 0) -> Tensor:
+        """The residual stream [N, n, width] after the block; arguments as in ``attend``."""
         x, inner, gate = self.attend(x, condition, cache, layer)
         return x + gate * self.mlp(inner)
 
@@ -149,29 +178,32 @@ class RAR(nn.Module):
         return torch.where(labels == NO_CLASS, c.num_classes, labels) + c.codebook_size + 1
 
     def condition(self, labels: Tensor, first: int, stop: int) -> Condition:
-        """adaLN's input for labels int64 [N] at the positions first..stop-1."""
+        """What modulates the blocks for labels int64 [N] at the positions first..stop-1."""
         distinct, rows = labels.unique(return_inverse=True)
         values = self.embeddings(self.condition_ids(distinct))[:, None] + self.timesteps_embeddings[:, first:stop]
         return Condition(values, None if len(distinct) == 1 else rows)
 
     def embed(self, tokens: Tensor, first: int) -> Tensor:
-        """Inputs [N, n, width] of image tokens int64 [N, n] whose first stands at position ``first`` (>= LEAD)."""
+        """Inputs [N, n, width] of image tokens int64 [N, n], the first of them at position ``first`` (>= LEAD)."""
         return self.embeddings(tokens) + self.position_table(first, first + tokens.shape[1])
 
     def embed_start(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        """Inputs [N, 2+P, width] of a whole start of a sequence: cls, class token, image tokens int64 [N, P]."""
+        """Inputs [N, 2+P, width] of the start of a sequence: cls, class token and image tokens int64 [N, P]."""
         classes = self.embeddings(self.condition_ids(labels))[:, None]
         x = torch.cat([self.cls_token.expand(len(labels), -1, -1), classes, self.embeddings(tokens)], dim=1)
         return x + self.position_table(0, x.shape[1])
 
     def position_table(self, first: int, stop: int) -> Tensor:
-        """Own position plus, for all but cls and the last position, the position of the token to predict."""
+        """Position embeddings [1, n, width] of the positions first..stop-1.
+
+        They hold the own position plus, for all but cls and the last position, that of the token to predict.
+        """
         length = self.config.image_seq_len + LEAD
         target = functional.pad(self.target_aware_pos_embed[:, LEAD:length], (0, 0, 1, 1))
         return self.pos_embed[:, first:stop] + target[:, first:stop]
 
     def head(self, x: Tensor, condition: Condition) -> Tensor:
-        """Logits over image tokens, float32 [N, n, codebook]."""
+        """Logits float32 [N, n, codebook] of the last block's output [N, n, width]."""
         return self.lm_head(self.adaln_before_head(x, condition)).float()
 
     def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
@@ -183,47 +215,35 @@ class RAR(nn.Module):
             x = block(x, condition)
         return self.head(x[:, 1:], Condition(condition.values[:, 1:], condition.rows))
 
-    def responses(
-        self, tokens: Tensor, labels: Tensor, spans: Sequence[tuple[int, int]], fc1_response: FC1Response
-    ) -> Tensor:
-        """Mean absolute activation of every unit over each span of positions: float32 [N, layers, S, units]."""
-        return self._observe(tokens, labels, spans, fc1_response, False)[0]
+    def observe(
+        self, tokens: Tensor, labels: Tensor, spans: Sequence[Span], fc1_response: FC1Response, with_logits: bool
+    ) -> Observation:
+        """The teacher-forced pass with every unit's mean absolute activation over each span of positions.
 
-    def responses_and_logits(
-        self, tokens: Tensor, labels: Tensor, spans: Sequence[tuple[int, int]], fc1_response: FC1Response
-    ) -> tuple[Tensor, Tensor]:
-        """What ``responses`` and ``forward`` give, from one pass."""
-        return self._observe(tokens, labels, spans, fc1_response, True)
-
-    def _observe(
-        self,
-        tokens: Tensor,
-        labels: Tensor,
-        spans: Sequence[tuple[int, int]],
-        fc1_response: FC1Response,
-        with_logits: bool,
-    ) -> tuple[Tensor, Tensor | None]:
+        Args:
+            tokens: image tokens int64 [N,T].
+            labels: int64 [N].
+            spans: S pairs (start, stop) of positions.
+            fc1_response: the operator that runs fc1, see fastmem.backends.plain.fc1_response.
+            with_logits: give the logits of ``forward`` too.
+        """
         x = self.embed_start(tokens, labels)
         condition = self.condition(labels, 0, x.shape[1])
-        start, stop = min(s[0] for s in spans), max(s[1] for s in spans)
-        collected = []
+        responses = []
         for layer, block in enumerate(self.blocks):
-            x, inner, gate = block.attend(x, condition, None, layer)
-            fc1, fc2 = block.mlp.fc1, block.mlp.fc2
+            x, inner, gate = block.attend(x, condition)
             if with_logits or layer + 1 < len(self.blocks):
-                hidden, response = fc1_response(inner, fc1.weight, fc1.bias, spans, "none")
-                x = x + gate * fc2(hidden)
+                out, response = block.mlp.observe(inner, spans, fc1_response)
+                x = x + gate * out
             else:
-                # nothing reads the last block's output: its MLP runs only where a segment needs it
-                shifted = [(a - start, b - start) for a, b in spans]
-                needed = inner[:, start:stop]
-                _, response = fc1_response(needed, fc1.weight, fc1.bias, shifted, "none", keep_hidden=False)
-            collected.append(response)
+                # nothing reads the last block's output: its MLP runs only where a span needs it
+                response = block.mlp.respond(inner, spans, fc1_response)
+            responses.append(response)
         logits = None
         if with_logits:
             # position t+1 predicts token t; from the last one nothing is predicted
             logits = self.head(x[:, 1:-1], Condition(condition.values[:, 1:-1], condition.rows))
-        return torch.stack(collected, dim=1), logits
+        return Observation(torch.stack(responses, dim=1), logits)
 
     def cache(self, rows: int) -> Cache:
         """An empty cache for the generation of ``rows`` images."""
@@ -239,7 +259,7 @@ class RAR(nn.Module):
         )
 
     def start(self, x: Tensor, labels: Tensor, cache: Cache) -> Tensor:
-        """Fill the cache with a whole start [N, n, width]; returns the last position's logits float32 [N, codebook]."""
+        """Fill an empty cache with a start [N, n, width]; returns the last position's logits float32 [N, codebook]."""
         return self._extend(x, self.condition(labels, 0, x.shape[1]), cache)
 
     def step(self, x: Tensor, conditions: ConditionsAhead, cache: Cache) -> Tensor:
@@ -257,7 +277,11 @@ class RAR(nn.Module):
 
 
 class RARModel(Model):
-    """RAR with its MaskGIT-VQGAN behind the model seam."""
+    """RAR with its MaskGIT-VQGAN behind the model seam.
+
+    Raises:
+        UsageError: generator and tokenizer differ in their tokens or codes.
+    """
 
     generator_class = RAR
     tokenizer_class = MaskGITVQGAN
@@ -278,6 +302,7 @@ class RARModel(Model):
         self.num_layers = g.num_layers
         self.num_units = g.intermediate_size
         self.num_classes = g.num_classes
+        self.vocabulary = g.codebook_size
         super().__init__(generator, tokenizer, preset, prefixes)
 
     @property
@@ -302,36 +327,22 @@ class RARModel(Model):
     def fc1_layers(self) -> tuple[nn.Linear, ...]:
         return tuple(block.mlp.fc1 for block in self.generator.blocks)
 
-    @property
-    def vocabulary(self) -> int:
-        return self.generator.config.codebook_size
-
     def view_recipe(self, views: int | str) -> TenCrop | CenterCrop:
         return CenterCrop(self.image_size) if views == "center" else TenCrop(self.image_size, int(views))
 
     def scaled_prefixes(self) -> tuple[int, ...]:
-        shares = (round(p * self.num_tokens / 256) for p in PREFIXES)
-        return tuple(dict.fromkeys(shares))
+        shares = (p * self.num_tokens / PUBLISHED_TOKENS for p in PREFIX_LADDER)
+        return tuple(dict.fromkeys(round(share) for share in shares))
 
-    def _responses(self, tokens: Tensor, labels: Tensor, spans: Sequence[tuple[int, int]], backend: Backend) -> Tensor:
-        return self.generator.responses(tokens, labels, spans, backend.fc1_response)
+    def _observe(
+        self, tokens: Tensor, labels: Tensor, spans: Sequence[Span], fc1_response: FC1Response, with_logits: bool
+    ) -> Observation:
+        return self.generator.observe(tokens, labels, spans, fc1_response, with_logits)
 
-    def _responses_and_logits(
-        self, tokens: Tensor, labels: Tensor, spans: Sequence[tuple[int, int]], backend: Backend
-    ) -> tuple[Tensor, Tensor]:
-        return self.generator.responses_and_logits(tokens, labels, spans, backend.fc1_response)
-
-    def _generate(
-        self,
-        labels: Tensor,
-        tokens: Tensor,
-        lengths: Tensor,
-        preset: Preset | None,
-        generator: torch.Generator | None,
-    ) -> Tensor:
+    def _generate(self, labels: Tensor, tokens: Tensor, lengths: Tensor, sampling: Sampling | None) -> Tensor:
         network, total = self.generator, self.num_tokens
         done = int(lengths.min())
-        guided = preset is not None and preset.guidance != 1.0
+        guided = sampling is not None and sampling.preset.guidance != 1.0
         # with guidance every row runs twice: under its label, then without a class
         branches = torch.cat([labels, torch.full_like(labels, NO_CLASS)]) if guided else labels
         copies = 2 if guided else 1
@@ -339,21 +350,26 @@ class RARModel(Model):
         x = network.embed_start(tokens[:, :done].repeat(copies, 1), branches)
         for step in range(done, total):
             logits = network.start(x, branches, cache) if step == done else network.step(x, conditions, cache)
-            if preset is None:
-                chosen = logits.argmax(-1)
-            else:
-                if guided:
-                    conditional, unconditional = logits.chunk(2)
-                    logits = torch.lerp(unconditional, conditional, guidance_scale(preset, step, total))
-                chosen = torch.multinomial((logits / preset.temperature).softmax(-1), 1, generator=generator)[:, 0]
+            if guided:
+                conditional, unconditional = logits.chunk(2)
+                logits = torch.lerp(unconditional, conditional, guidance_scale(sampling.preset, step, total))
+            chosen = logits.argmax(-1) if sampling is None else sample(logits, sampling)
             # rows with a longer prefix keep their own token
             tokens[:, step] = torch.where(step < lengths, tokens[:, step], chosen)
             x = network.embed(tokens[:, step : step + 1].repeat(copies, 1), step + LEAD)
         return tokens
 
 
+def sample(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Draw tokens int64 [N] from logits float32 [N,V] at the preset's temperature."""
+    probabilities = (logits / sampling.preset.temperature).softmax(-1)
+    return torch.multinomial(probabilities, 1, generator=sampling.generator)[:, 0]
+
+
 def guidance_scale(preset: Preset, step: int, total: int) -> float:
-    """Guidance at step n of N: 1 + (g - 1) (1 - cos(pi (n/N)^power)) / 2.
+    """Guidance scale at a step of ``total``, which rises from 1 to the preset's along a cosine.
+
+    With n steps done out of N it is 1 + (g - 1) (1 - cos(pi (n/N)^power)) / 2.
 
     Source: bytedance/1d-tokenizer ``modeling/rar.py``, ``generate``.
     """
@@ -363,9 +379,10 @@ def guidance_scale(preset: Preset, step: int, total: int) -> float:
 def build(
     generator: Mapping[str, int], tokenizer: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]] | None
 ) -> tuple[RAR, MaskGITVQGAN]:
-    """Networks of the given sizes, without weights where the default device is "meta".
+    """A generator and a tokenizer of the given sizes, without weights where the default device is "meta".
 
-    shapes: of the generator's checkpoint, which knows the number of classes; None takes the sizes as they are.
+    ``generator`` and ``tokenizer`` hold the fields of their configs that differ from the defaults. ``shapes`` are the
+    shapes in the generator's checkpoint, from which the number of classes is taken, or None to take it from the config.
     """
     config = RARConfig(**generator)
     rows = (shapes or {}).get("embeddings.weight", (0,))[0]

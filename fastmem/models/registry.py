@@ -1,12 +1,11 @@
-"""What fastmem knows of each model: sizes, official files, sampling preset, prefix ladder. Loads no torch.
+"""The registry of models: sizes, official files, sampling presets and prefix lengths. It loads no torch.
 
-Outside packages add rows through the entry point group ``fastmem.models``: each entry point names a
+Outside packages add rows through the entry point group ``fastmem.models``. Each entry point names a
 :class:`ModelEntry` or a callable that returns a list of them.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -14,16 +13,26 @@ from importlib import metadata
 from pathlib import Path
 
 from fastmem.errors import UsageError
+from fastmem.home import home
 
 ENTRY_POINTS = "fastmem.models"
+# the models that help texts name
+SMALL_EXAMPLE, LARGE_EXAMPLE = "rar-tiny", "rar-xxl"
+# prefix lengths of the published extraction in tokens: for RAR out of 256, for VAR, where they are none to four scales,
+# out of 680 (arXiv 2502.02514)
+PREFIX_LADDER = (0, 1, 5, 14, 30)
 
 
 @dataclass(frozen=True)
 class Preset:
-    """How a model samples: published settings, never the user's job.
+    """How a model samples; each row of the registry has its published settings.
 
-    guidance: classifier-free guidance scale, off at 1 for RAR and at 0 for VAR; guidance_power: exponent of RAR's
-    cosine schedule; top_k, top_p: VAR's.
+    Attributes:
+        temperature: divides the logits.
+        guidance: classifier-free guidance scale, off at 1 for RAR and at 0 for VAR.
+        guidance_power: exponent of the cosine along which RAR's guidance rises; None for VAR.
+        top_k: how many of the likeliest tokens VAR draws from; None for all.
+        top_p: the mass of the likeliest tokens that VAR draws from; None for all.
     """
 
     temperature: float = 1.0
@@ -35,7 +44,7 @@ class Preset:
 
 @dataclass(frozen=True)
 class OfficialFile:
-    """A weight file: ``repository`` on Hugging Face, or None for one that ships inside the package."""
+    """A weight file, from ``repository`` on Hugging Face, or shipped inside the package where that is None."""
 
     name: str
     repository: str | None = None
@@ -52,9 +61,18 @@ class OfficialFile:
 class ModelEntry:
     """One row of the registry.
 
-    module: the module that offers ``model_class`` and ``build(generator, tokenizer, shapes)``; generator, tokenizer:
-    sizes, where they differ from the defaults of the network's config; prefixes: None for the published ladder at the
-    same shares of T; embedded: its images ship with the package.
+    Attributes:
+        name: the name that ``load_model`` takes.
+        module: the module that offers ``model_class`` and ``build(generator, tokenizer, shapes)``.
+        generator: sizes of the generator, where they differ from the defaults of its config.
+        tokenizer: sizes of the tokenizer, where they differ from the defaults of its config.
+        generator_file: the generator's official weights.
+        tokenizer_file: the tokenizer's official weights.
+        parameters: the generator's number of parameters, for people to read.
+        preset: how it samples.
+        published_fid: FID that its authors report, None where they report none.
+        prefixes: default prefix lengths in tokens, None for the published ladder at the same shares of the tokens.
+        embedded: its weights and the images that it was trained on ship with the package.
     """
 
     name: str
@@ -70,13 +88,7 @@ class ModelEntry:
     embedded: bool = False
 
 
-def home() -> Path:
-    """Folder of weights and caches: ``FASTMEM_HOME``, else ``~/.cache/fastmem``."""
-    return Path(os.environ.get("FASTMEM_HOME") or Path.home() / ".cache" / "fastmem").expanduser()
-
-
 _MASKGIT_FILE = OfficialFile("maskgit-vqgan-imagenet-f16-256.bin", "fun-research/TiTok")
-_RAR_PREFIXES = (0, 1, 5, 14, 30)
 
 
 def _rar(name: str, hidden: int, layers: int, units: int, parameters: str, preset: Preset, fid: float) -> ModelEntry:
@@ -90,13 +102,11 @@ def _rar(name: str, hidden: int, layers: int, units: int, parameters: str, prese
         parameters=parameters,
         preset=preset,
         published_fid=fid,
-        prefixes=_RAR_PREFIXES,
+        prefixes=PREFIX_LADDER,
     )
 
 
 _VQVAE_FILE = OfficialFile("vae_ch160v4096z32.pth", "FoundationVision/var")
-# none to four scales
-_VAR_PREFIXES = (0, 1, 5, 14, 30)
 
 
 def _var(depth: int, parameters: str, fid: float) -> ModelEntry:
@@ -110,7 +120,7 @@ def _var(depth: int, parameters: str, fid: float) -> ModelEntry:
         parameters=parameters,
         preset=Preset(1.0, 1.5, top_k=900, top_p=0.96),
         published_fid=fid,
-        prefixes=_VAR_PREFIXES,
+        prefixes=PREFIX_LADDER,
     )
 
 
@@ -174,8 +184,8 @@ _ROWS = (
         tokenizer_file=OfficialFile("vqvae_tiny.safetensors"),
         parameters="6 M",
         preset=Preset(1.0, 1.5, top_k=450, top_p=0.96),
-        # none to three scales: the shares of T that its sibling's ladder has
-        prefixes=(0, 1, 5, 14),
+        # none to three scales; at the published shares of its 155 tokens the ladder would end with two
+        prefixes=PREFIX_LADDER[:-1],
         embedded=True,
     ),
 )
@@ -183,7 +193,11 @@ _ROWS = (
 
 @cache
 def entries() -> dict[str, ModelEntry]:
-    """Every known model by name, those of outside packages last."""
+    """Every known model by name, those of outside packages last.
+
+    Raises:
+        UsageError: an outside package adds a name that is taken.
+    """
     known = {row.name: row for row in _ROWS}
     for point in metadata.entry_points(group=ENTRY_POINTS):
         found = point.load()
@@ -200,7 +214,11 @@ def model_names() -> list[str]:
 
 
 def find_entry(name: str) -> ModelEntry:
-    """The row of a model. Raises: UsageError for an unknown name."""
+    """The row of a model.
+
+    Raises:
+        UsageError: the name is unknown.
+    """
     known = entries()
     if name not in known:
         raise UsageError(f"expected a model out of {', '.join(known)}, got {name!r}")

@@ -1,8 +1,8 @@
 """VAR: a transformer that predicts an image scale by scale, all tokens of a scale at once.
 
 State-dict names and shapes equal those of ``var_d16.pth`` ... ``var_d30.pth``. Position t of the sequence predicts
-token t; its input is what the coarser scales amount to at its scale's size, and at the first scale the class. A
-position sees its own scale and all coarser ones, so a large scale's queries need no mask over the keys up to its end.
+token t. Its input is the class at the first scale, and at the others the sum of the coarser scales, resized to its own
+scale. A position sees its own scale and all coarser ones, so a scale that is attended alone needs no mask.
 
 Source: VAR (arXiv 2404.02905); FoundationVision/VAR ``models/var.py``, ``basic_var.py`` and ``helpers.py``.
 """
@@ -18,32 +18,34 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fastmem.backends.select import Backend, FC1Response
+from fastmem.backends.plain import Span
+from fastmem.backends.select import FC1Response
 from fastmem.data.views import CenterCrop, RandomCrops
 from fastmem.errors import UsageError
 from fastmem.models.layers import MLP, NO_CLASS, Cache, Condition, Modulation, modulate
-from fastmem.models.model import Model, Segment
-from fastmem.models.registry import Preset
+from fastmem.models.model import Model, Sampling
+from fastmem.models.observation import Observation, Segment
+from fastmem.models.registry import PREFIX_LADDER, Preset
 from fastmem.models.vqvae import PATCH_NUMS, MultiScaleVQVAE, MultiScaleVQVAEConfig, checked_patch_nums, scale_bounds
 
-# the published ladder, none to four scales of 680 tokens (arXiv 2502.02514)
-PREFIXES, PUBLISHED_TOKENS = (0, 1, 5, 14, 30), 680
+# tokens of the images for which the prefix ladder was published
+PUBLISHED_TOKENS = 680
+# short side to which images are resized before they are cropped, as a multiple of the crop
 RESIZE = 1.125
 # the learned factor on the queries is an exponential, bounded as the original bounds it
 MAX_LOG_SCALE = math.log(100)
 
-# scales are attended together, with a mask, while they have no more positions than this: so few that the products that
-# the mask throws away cost less than a call
+# scales are attended together, with a mask, up to this many positions: computing what the mask throws away costs less
+# there than a call for each scale
 MASKED_POSITIONS = 128
-
-Spans = Sequence[tuple[int, int]]
 
 
 @dataclass(frozen=True)
 class Group:
-    """Whole scales that are attended in one call: the queries at start..stop-1 over the keys up to ``stop``.
+    """Whole scales that are attended in one call.
 
-    mask: bool [stop - start, stop], True where a key is seen; None for a single scale, which sees them all.
+    The queries stand at the positions ``start`` to ``stop`` - 1, the keys at 0 to ``stop`` - 1. ``mask`` is bool
+    [stop - start, stop], True where a query sees a key, or None for a single scale, which sees all keys.
     """
 
     start: int
@@ -53,9 +55,20 @@ class Group:
 
 @dataclass(frozen=True)
 class VARConfig:
-    """Sizes of a VAR; the defaults are VAR-d16's, and None takes what the depth implies in the official models.
+    """Sizes of a VAR; the defaults are VAR-d16's.
 
-    hidden_size: 64 per block; num_heads: one per block; intermediate_size: four times the hidden size.
+    Attributes:
+        depth: blocks.
+        patch_nums: tokens along a side of each scale, in rising order.
+        codebook_size: number of image tokens, V.
+        latent_channels: channels of a code vector, Z.
+        num_classes: classes, without the unconditional one.
+        hidden_size: channels of the residual stream, 64 times the depth when None.
+        num_heads: attention heads of each block, a divisor of hidden_size, equal to the depth when None.
+        intermediate_size: units of each block, the outputs of fc1, four times hidden_size when None.
+
+    Raises:
+        UsageError: there is one scale, the scales do not grow, or ``hidden_size`` is not a multiple of ``num_heads``.
     """
 
     depth: int = 16
@@ -104,6 +117,14 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, groups: Sequence[Group], cache: Cache | None = None, layer: int = 0) -> Tensor:
+        """Attention of x [N, n, width] at the groups' positions, over these and those that the cache holds.
+
+        Args:
+            x: the modulated and normalised residual stream.
+            groups: the scales of the n positions, in order.
+            cache: keys and values of earlier scales, which is extended; None for a sequence from its start.
+            layer: the block's number in the cache.
+        """
         n, length, width = x.shape
         bias = torch.cat([self.q_bias, self.zero_k_bias, self.v_bias])
         qkv = functional.linear(x, self.mat_qkv.weight, bias).view(n, length, 3, self.heads, width // self.heads)
@@ -139,7 +160,18 @@ class Block(nn.Module):
     def attend(
         self, x: Tensor, condition: Condition, groups: Sequence[Group], cache: Cache | None = None, layer: int = 0
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The attention half: returns the residual stream, the MLP's input and the MLP's gate."""
+        """The attention half of the block, up to the input of the MLP.
+
+        Args:
+            x: residual stream [N, n, width] of whole scales.
+            condition: what modulates them.
+            groups: the scales, in order.
+            cache: keys and values of the scales before, which is extended; None when there are none.
+            layer: the block's number in the cache.
+
+        Returns:
+            The residual stream after attention, the MLP's input, and the gate of the MLP's output.
+        """
         gate_a, gate_m, scale_a, scale_m, shift_a, shift_m = self.ada_lin(condition)
         x = torch.addcmul(x, gate_a, self.attn(_modulated_norm(x, shift_a, scale_a), groups, cache, layer))
         return x, _modulated_norm(x, shift_m, scale_m), gate_m
@@ -147,6 +179,7 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, condition: Condition, groups: Sequence[Group], cache: Cache | None = None, layer: int = 0
     ) -> Tensor:
+        """The residual stream [N, n, width] after the block; arguments as in ``attend``."""
         x, inner, gate = self.attend(x, condition, groups, cache, layer)
         return torch.addcmul(x, gate, self.ffn(inner))
 
@@ -216,7 +249,7 @@ class VAR(nn.Module):
             block.ada_lin[1].weight[: 2 * width].mul_(1e-5)
 
     def condition(self, labels: Tensor) -> Condition:
-        """adaLN's input for labels int64 [N]; the label ``NO_CLASS`` stands for the unconditional branch."""
+        """What modulates the blocks for labels int64 [N]; ``NO_CLASS`` stands for the unconditional branch."""
         distinct, rows = labels.unique(return_inverse=True)
         return Condition(self.embed_class(distinct)[:, None], None if len(distinct) == 1 else rows)
 
@@ -227,7 +260,7 @@ class VAR(nn.Module):
     def embed(self, inputs: Tensor, labels: Tensor, first: int) -> Tensor:
         """The sequence [N, positions, width] of the scales from number ``first`` on.
 
-        inputs: [N, positions, Z] of those scales; the first scale, number 0, has the class instead.
+        ``inputs`` are those scales' [N, positions, Z]. Scale 0 has none: it takes the class of ``labels`` int64 [N].
         """
         x = self.word_embed(inputs.to(self.word_embed.weight.dtype))
         if first == 0:
@@ -237,7 +270,7 @@ class VAR(nn.Module):
         return x + (self.lvl_embed(self.lvl_1L[:, places]) + self.pos_1LC[:, places])
 
     def groups(self, first: int, stop: int) -> list[Group]:
-        """The scales first..stop-1 in as few calls of attention as pay."""
+        """The scales first..stop-1, with small ones attended together in one call."""
         spans: list[tuple[int, int]] = []
         for start, end in pairwise(self.bounds[first : stop + 1]):
             if spans and end - spans[-1][0] <= MASKED_POSITIONS:
@@ -253,50 +286,46 @@ class VAR(nn.Module):
         return levels[start:, None] >= levels
 
     def logits(self, x: Tensor, condition: Condition) -> Tensor:
-        """Logits over tokens, float32 [N, n, codebook]."""
+        """Logits float32 [N, n, codebook] of the last block's output [N, n, width]."""
         return self.head(self.head_nm(x, condition)).float()
 
     def forward(self, inputs: Tensor, labels: Tensor) -> Tensor:
-        """Teacher-forced logits float32 [N,T,codebook] of the inputs [N,T-1,Z] of all scales but the first."""
+        """Teacher-forced logits float32 [N,T,codebook] for inputs [N,T-1,Z] of all scales but the first.
+
+        ``labels`` are int64 [N].
+        """
         x = self.embed(inputs, labels, 0)
         condition, groups = self.condition(labels), self.groups(0, len(self.config.patch_nums))
         for block in self.blocks:
             x = block(x, condition, groups)
         return self.logits(x, condition)
 
-    def responses(self, inputs: Tensor, labels: Tensor, spans: Spans, fc1_response: FC1Response) -> Tensor:
-        """Mean absolute activation of every unit over each span: float32 [N, layers, S, units].
+    def observe(
+        self, inputs: Tensor, labels: Tensor, spans: Sequence[Span], fc1_response: FC1Response, with_logits: bool
+    ) -> Observation:
+        """The teacher-forced pass with every unit's mean absolute activation over each span of positions.
 
-        inputs: [N, positions, Z] from the second scale up to the last one that a span reaches into.
+        Args:
+            inputs: [N, positions, Z] of the scales from the second up to the last one that a span reaches into; of all
+                of them where logits are wanted.
+            labels: int64 [N].
+            spans: S pairs (start, stop) of positions.
+            fc1_response: the operator that runs fc1, see fastmem.backends.plain.fc1_response.
+            with_logits: give the logits of ``forward`` too.
         """
-        return self._observe(inputs, labels, spans, fc1_response, False)[0]
-
-    def responses_and_logits(
-        self, inputs: Tensor, labels: Tensor, spans: Spans, fc1_response: FC1Response
-    ) -> tuple[Tensor, Tensor]:
-        """What ``responses`` and ``forward`` give, from one pass over the inputs of all scales but the first."""
-        return self._observe(inputs, labels, spans, fc1_response, True)
-
-    def _observe(
-        self, inputs: Tensor, labels: Tensor, spans: Spans, fc1_response: FC1Response, with_logits: bool
-    ) -> tuple[Tensor, Tensor | None]:
         x = self.embed(inputs, labels, 0)
         condition, groups = self.condition(labels), self.groups(0, self.bounds.index(x.shape[1]))
-        start, stop = min(s[0] for s in spans), max(s[1] for s in spans)
-        collected = []
+        responses = []
         for layer, block in enumerate(self.blocks):
             x, inner, gate = block.attend(x, condition, groups)
-            fc1, fc2 = block.ffn.fc1, block.ffn.fc2
             if with_logits or layer + 1 < len(self.blocks):
-                hidden, response = fc1_response(inner, fc1.weight, fc1.bias, spans, "tanh")
-                x = torch.addcmul(x, gate, fc2(hidden))
+                out, response = block.ffn.observe(inner, spans, fc1_response)
+                x = torch.addcmul(x, gate, out)
             else:
-                # nothing reads the last block's output: its MLP runs only where a segment needs it
-                shifted = [(a - start, b - start) for a, b in spans]
-                needed = inner[:, start:stop]
-                _, response = fc1_response(needed, fc1.weight, fc1.bias, shifted, "tanh", keep_hidden=False)
-            collected.append(response)
-        return torch.stack(collected, dim=1), self.logits(x, condition) if with_logits else None
+                # nothing reads the last block's output: its MLP runs only where a span needs it
+                response = block.ffn.respond(inner, spans, fc1_response)
+            responses.append(response)
+        return Observation(torch.stack(responses, dim=1), self.logits(x, condition) if with_logits else None)
 
     def cache(self, rows: int) -> Cache:
         """An empty cache for the generation of ``rows`` images."""
@@ -304,7 +333,11 @@ class VAR(nn.Module):
         return Cache(c.depth, rows, c.heads, self.bounds[-1], c.width // c.heads, self.pos_start)
 
     def step(self, inputs: Tensor, labels: Tensor, cache: Cache) -> Tensor:
-        """Extend the cache by the inputs [N,n,Z] of whole scales; logits float32 [N, n', codebook] of the last one."""
+        """Extend the cache by the inputs [N, n, Z] of one or more whole scales.
+
+        Returns:
+            Logits float32 [N, tokens, codebook] of the last of these scales.
+        """
         first = self.bounds.index(cache.length)
         x = self.embed(inputs, labels, first)
         stop = self.bounds.index(cache.length + x.shape[1])
@@ -316,7 +349,11 @@ class VAR(nn.Module):
 
 
 class VARModel(Model):
-    """VAR with its multi-scale VQVAE behind the model seam."""
+    """VAR with its multi-scale VQVAE behind the model seam.
+
+    Raises:
+        UsageError: generator and tokenizer differ in their scales, codes or latent channels.
+    """
 
     generator_class = VAR
     tokenizer_class = MultiScaleVQVAE
@@ -342,6 +379,7 @@ class VARModel(Model):
         self.num_layers = g.depth
         self.num_units = g.units
         self.num_classes = g.num_classes
+        self.vocabulary = g.codebook_size
         super().__init__(generator, tokenizer, preset, prefixes)
 
     @property
@@ -367,17 +405,13 @@ class VARModel(Model):
     def fc1_layers(self) -> tuple[nn.Linear, ...]:
         return tuple(block.ffn.fc1 for block in self.generator.blocks)
 
-    @property
-    def vocabulary(self) -> int:
-        return self.generator.config.codebook_size
-
     def view_recipe(self, views: int | str) -> RandomCrops | CenterCrop:
         if views == "center":
             return CenterCrop(self.image_size, round(RESIZE * self.image_size), "lanczos")
         return RandomCrops(self.image_size, int(views), RESIZE)
 
     def scaled_prefixes(self) -> tuple[int, ...]:
-        shares = (p * self.num_tokens / PUBLISHED_TOKENS for p in PREFIXES)
+        shares = (p * self.num_tokens / PUBLISHED_TOKENS for p in PREFIX_LADDER)
         return tuple(dict.fromkeys(min(self.bounds, key=lambda end: abs(end - share)) for share in shares))
 
     def forward_logits(self, tokens: Tensor, labels: Tensor) -> Tensor:
@@ -388,32 +422,20 @@ class VARModel(Model):
         with torch.autocast(tokens.device.type, enabled=False):
             return self.tokenizer.quantize.inputs(tokens, scales)
 
-    def _responses(self, tokens: Tensor, labels: Tensor, spans: Sequence[tuple[int, int]], backend: Backend) -> Tensor:
-        # no scale sees a finer one, so the pass ends with the last scale that is asked for
-        last = max(stop for _, stop in spans)
+    def _observe(
+        self, tokens: Tensor, labels: Tensor, spans: Sequence[Span], fc1_response: FC1Response, with_logits: bool
+    ) -> Observation:
+        # no scale sees a finer one, so without logits the pass ends with the last scale that is asked for
+        last = self.num_tokens if with_logits else max(stop for _, stop in spans)
         scales = next(k for k, end in enumerate(self.bounds) if end >= last)
-        inputs = self._inputs(tokens, scales)
-        return self.generator.responses(inputs, labels, spans, backend.fc1_response)
+        return self.generator.observe(self._inputs(tokens, scales), labels, spans, fc1_response, with_logits)
 
-    def _responses_and_logits(
-        self, tokens: Tensor, labels: Tensor, spans: Sequence[tuple[int, int]], backend: Backend
-    ) -> tuple[Tensor, Tensor]:
-        inputs = self._inputs(tokens, len(self.bounds) - 1)
-        return self.generator.responses_and_logits(inputs, labels, spans, backend.fc1_response)
-
-    def _generate(
-        self,
-        labels: Tensor,
-        tokens: Tensor,
-        lengths: Tensor,
-        preset: Preset | None,
-        generator: torch.Generator | None,
-    ) -> Tensor:
+    def _generate(self, labels: Tensor, tokens: Tensor, lengths: Tensor, sampling: Sampling | None) -> Tensor:
         network, quantize, last = self.generator, self.tokenizer.quantize, len(self.bounds) - 2
         done = self.bounds.index(int(lengths.min()))
         if done > last:
             return tokens
-        guided = preset is not None and preset.guidance != 0
+        guided = sampling is not None and sampling.preset.guidance != 0
         # with guidance every row runs twice: under its label, then without a class
         branches = torch.cat([labels, torch.full_like(labels, NO_CLASS)]) if guided else labels
         cache = network.cache(len(branches))
@@ -422,8 +444,8 @@ class VARModel(Model):
         for scale in range(done, last + 1):
             logits = network.step(inputs.repeat(2, 1, 1) if guided else inputs, branches, cache)
             if guided:
-                logits = guide(logits, preset.guidance * scale / last)
-            chosen = logits.argmax(-1) if preset is None else sample(logits, preset, generator)
+                logits = guide(logits, sampling.preset.guidance * scale / last)
+            chosen = logits.argmax(-1) if sampling is None else sample(logits, sampling)
             start, stop = self.bounds[scale : scale + 2]
             # rows with a longer prefix keep their own tokens
             tokens[:, start:stop] = torch.where(lengths[:, None] >= stop, tokens[:, start:stop], chosen)
@@ -438,7 +460,9 @@ def _describe(patch_nums: tuple[int, ...], codes: int, channels: int) -> str:
 
 
 def guide(logits: Tensor, strength: float) -> Tensor:
-    """(1 + t) cond - t uncond, of logits [2N,n,V] with the conditional rows first; t grows with the scale.
+    """Guided logits [N,n,V]: (1 + strength) times the conditional ones minus strength times the unconditional ones.
+
+    ``logits`` [2N,n,V] hold the conditional rows first.
 
     Source: FoundationVision/VAR ``models/var.py``, ``autoregressive_infer_cfg``.
     """
@@ -446,11 +470,14 @@ def guide(logits: Tensor, strength: float) -> Tensor:
     return (1 + strength) * conditional - strength * unconditional
 
 
-def sample(logits: Tensor, preset: Preset, generator: torch.Generator | None) -> Tensor:
-    """Draw tokens int64 [N,n] from logits float32 [N,n,V], cut to the ``top_k`` likeliest and then to ``top_p``.
+def sample(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Draw tokens int64 [N,n] from logits float32 [N,n,V].
+
+    Only the preset's ``top_k`` likeliest tokens can be drawn, and of these only the likeliest with the mass ``top_p``.
 
     Source: FoundationVision/VAR ``models/helpers.py``.
     """
+    preset = sampling.preset
     logits = logits / preset.temperature
     if preset.top_k is not None and preset.top_k < logits.shape[-1]:
         least = logits.topk(preset.top_k, dim=-1).values[..., -1:]
@@ -462,7 +489,7 @@ def sample(logits: Tensor, preset: Preset, generator: torch.Generator | None) ->
         dropped[..., -1] = False
         logits = logits.masked_fill(dropped.scatter(-1, order, dropped), -torch.inf)
     probabilities = logits.softmax(-1)
-    return torch.multinomial(probabilities.flatten(0, 1), 1, generator=generator).view(probabilities.shape[:2])
+    return torch.multinomial(probabilities.flatten(0, 1), 1, generator=sampling.generator).view(probabilities.shape[:2])
 
 
 def build(
@@ -470,9 +497,10 @@ def build(
     tokenizer: Mapping[str, int | tuple[int, ...]],
     shapes: Mapping[str, tuple[int, ...]] | None,
 ) -> tuple[VAR, MultiScaleVQVAE]:
-    """Networks of the given sizes, without weights where the default device is "meta".
+    """A generator and a tokenizer of the given sizes, without weights where the default device is "meta".
 
-    shapes: of the generator's checkpoint, which knows the number of classes; None takes the sizes as they are.
+    ``generator`` and ``tokenizer`` hold the fields of their configs that differ from the defaults. ``shapes`` are the
+    shapes in the generator's checkpoint, from which the number of classes is taken, or None to take it from the config.
     """
     config = VARConfig(**generator)
     rows = (shapes or {}).get("class_emb.weight", (0,))[0]

@@ -13,9 +13,11 @@ import numpy as np
 
 from fastmem.models.model import Model
 from fastmem.quality.features import Comparison, FeatureExtractor, Features, Reference, to_bytes
-from fastmem.quality.losses import TrueImages, mean_losses
+from fastmem.quality.losses import mean_losses
 from fastmem.quality.samples import BATCH, SampleFolder, even_classes, sample_labels, sample_shard
-from fastmem.quality.sampling import EvaluationReporter, EvaluationSettings, Sampling
+from fastmem.quality.sampling import EvaluationSettings, Sampling
+from fastmem.reporter import SILENT, Reporter
+from fastmem.tokens.true_images import TrueImages
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ def evaluate(
     losses: Mapping[str, TrueImages] | None = None,
     groups: Mapping[str, np.ndarray] | None = None,
     resume: bool = False,
-    reporter: EvaluationReporter | None = None,
+    reporter: Reporter = SILENT,
 ) -> Evaluation:
     """Sample a model into ``folder``/NAME-HASH, take the features of all extractors, and compare them.
 
@@ -92,7 +94,7 @@ def evaluate(
     found = Comparison({})
     if extractors:
         samples.start(identity, resume)
-        sampling.run(reporter or EvaluationReporter())
+        sampling.run(reporter)
         found = compare(extractors, [samples.features(e) for e in extractors], references)
     with sampling.timed("losses"):
         metrics = {**found.metrics, **mean_losses(model, losses or {}, groups)}

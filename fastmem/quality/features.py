@@ -17,7 +17,7 @@ from fastmem.files import read_tensors, write_tensors
 from fastmem.index.embedding import DIMENSIONS, Embedder, embed
 from fastmem.quality.frechet import Gaussian
 from fastmem.quality.kernel import kernel_distance
-from fastmem.quality.losses import spread
+from fastmem.tokens.true_images import spread
 
 SCHEMA = "fastmem.features/1"
 # what is over all pairs of images would take petaflops with more, and tell no more

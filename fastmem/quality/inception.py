@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from fastmem.errors import InputFileError, UsageError
+from fastmem.home import home
 from fastmem.models.checkpoints import read_state, resolve_device
-from fastmem.models.registry import home
 from fastmem.quality.features import Comparison, Features, Reference, compare_by_kernel, thinned
 from fastmem.quality.frechet import FeatureMoments, Gaussian, frechet_distance
 from fastmem.quality.kernel import SUBSET_SIZE, kernel_subsets

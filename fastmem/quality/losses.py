@@ -6,79 +6,56 @@ temperature that suits them best, too, which an edit cannot improve by confidenc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.nn import functional
 
-from fastmem.data.loading import load_views
+from fastmem.data.loading import check_readable
 from fastmem.data.manifest import Manifest
 from fastmem.data.sources import ImageSource
-from fastmem.errors import InputFileError
-from fastmem.models.model import Model, to_unit_range
+from fastmem.models.model import Model
+from fastmem.reporter import SILENT, Reporter, Work
+from fastmem.tokens.cache import TokenCache
+from fastmem.tokens.true_images import MOST_IMAGES, TrueImages, read_true_images, spread
 
 BATCH = 64
-MOST_IMAGES = 5000
 HELDOUT = "heldout"
 TEMPERED = f"loss_{HELDOUT}_tempered"
 # steps of 9 %, 1 among them
 TEMPERATURES = tuple(2 ** (step / 8) for step in range(-16, 25))
 
 
-@dataclass(frozen=True, eq=False)
-class TrueImages:
-    """Real images as tokens of their centre views: an edit leaves the tokenizer alone, so they serve for all edits.
-
-    ids, labels: int64 [N]; tokens: int64 [N,T].
-    """
-
-    ids: np.ndarray
-    labels: Tensor
-    tokens: Tensor
-
-    @property
-    def count(self) -> int:
-        """N."""
-        return len(self.ids)
-
-
-def spread(total: int, most: int) -> np.ndarray:
-    """At most ``most`` positions out of ``total``, evenly spread, so that every class of a manifest keeps its share."""
-    return np.unique(np.linspace(0, total - 1, min(total, most)).round().astype(np.int64))
-
-
-def read_true_images(
+def read_loss_images(
     model: Model,
     source: ImageSource,
     manifest: Manifest,
     most: int = MOST_IMAGES,
+    *,
+    cache: TokenCache | None = None,
     workers: int | None = None,
-    advance: Callable[[int], None] = lambda images: None,
+    reporter: Reporter = SILENT,
 ) -> TrueImages:
-    """Tokenize at most ``most`` images, evenly over the manifest; what cannot be read is left out.
+    """The images of a set whose loss is taken, evenly over its classes, as tokens of their centre views.
+
+    Args:
+        model: whose tokenizer encodes.
+        source: the images that the manifest was built from.
+        manifest: the order of the images.
+        most: how many images at the most.
+        cache: where tokens are looked up, and kept where all images are read.
+        workers: processes that decode images, as in ``load_views``.
+        reporter: is told how many images will be read, and of those that were.
 
     Raises: InputFileError where not one image can be read; else as ``load_views``.
     """
-    positions = spread(len(manifest), most)
-    batches = np.array_split(positions, -(-len(positions) // BATCH))
-    kept, tokens = [], []
-    for asked, batch in zip(
-        batches, load_views(source, manifest, batches, model.view_recipe("center"), workers), strict=True
-    ):
-        if len(batch.positions):
-            kept.append(batch.positions)
-            tokens.append(model.tokenize(to_unit_range(batch.views[:, 0])).cpu())
-        advance(len(asked))
-    if not kept:
-        raise InputFileError(
-            f"expected images that can be read in {source.description}, got {len(positions)} that cannot: copy them "
-            "again"
-        )
-    at = np.concatenate(kept)
-    return TrueImages(manifest.ids[at], torch.from_numpy(manifest.labels[at]), torch.cat(tokens))
+    positions = None if len(manifest) <= most else spread(len(manifest), most)
+    asked = min(most, len(manifest))
+    reporter.planned(Work(asked))
+    found = read_true_images(model, source, manifest, positions, cache=cache, workers=workers, reporter=reporter)
+    check_readable(source, asked, found.count)
+    return found
 
 
 def image_losses(model: Model, images: TrueImages) -> np.ndarray:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
-from fastmem.data.loading import load_views
+from fastmem.data.loading import check_readable, load_views
 from fastmem.data.manifest import Manifest
 from fastmem.data.sources import ImageSource
 from fastmem.data.views import Views
-from fastmem.errors import InputFileError
 from fastmem.quality.features import FeatureExtractor, Features, Reference
 from fastmem.quality.frechet import read_statistics
-from fastmem.quality.losses import spread
+from fastmem.reporter import SILENT, Reporter, Work
+from fastmem.tokens.true_images import spread
 
 BATCH = 64
 PART = 64 * BATCH
@@ -34,24 +34,36 @@ def read_reference(
     cache: Path | None = None,
     train: bool = False,
     workers: int | None = None,
-    advance: Callable[[int], None] = lambda images: None,
+    reporter: Reporter = SILENT,
 ) -> Reference:
     """Features of a set of real images, cut by ``recipe`` of one view; out of the folder ``cache`` where it has them.
 
-    What cannot be read is left out. train: whether the model saw these images. With a cache, features are kept in
-    parts of ``PART`` images while they are taken, so that a pass that was killed goes on.
+    Images that cannot be read are left out. With a cache, features are kept in parts of ``PART`` images while they are
+    taken, so that a pass that was killed goes on.
+
+    Args:
+        source: the images that the manifest was built from.
+        manifest: the order of the images.
+        recipe: how a picture is cut to one view.
+        extractor: the network that makes features.
+        description: what the images are, for people.
+        cache: folder of features; None keeps none.
+        train: whether the model was trained on these images.
+        workers: processes that decode images, as in ``load_views``.
+        reporter: is told how many images there are, and of those that are done.
 
     Raises: InputFileError where not one image can be read, or a kept file is damaged; else as ``load_views``.
     """
+    reporter.planned(Work(len(manifest)))
     content = _content(source, manifest, recipe)
     header = {"features": extractor.name, "digest": extractor.digest, "content": content}
     key = hashlib.sha256("".join(header.values()).encode()).hexdigest()[:16]
     file = None if cache is None else cache / f"{extractor.name}-{key}.safetensors"
     if file is not None and file.exists():
         features = Features.load(file, header)
-        advance(len(manifest))
+        reporter.advance(len(manifest))
     else:
-        features = _extract(source, manifest, recipe, extractor, workers, advance, file, header)
+        features = _extract(source, manifest, recipe, extractor, workers, reporter, file, header)
     labels, counts = np.unique(manifest.labels, return_counts=True)
     return Reference(
         f"{description}, {len(features):,} images",
@@ -84,7 +96,7 @@ def _extract(
     recipe: Views,
     extractor: FeatureExtractor,
     workers: int | None,
-    advance: Callable[[int], None],
+    reporter: Reporter,
     file: Path | None,
     header: Mapping[str, str],
 ) -> Features:
@@ -95,17 +107,13 @@ def _extract(
         part = None if folder is None else folder / f"{number:06d}.safetensors"
         if part is not None and part.exists():
             parts.append(Features.load(part, header))
-            advance(len(positions))
+            reporter.advance(len(positions))
             continue
-        parts.append(_extract_part(source, manifest, positions, recipe, extractor, workers, advance))
+        parts.append(_extract_part(source, manifest, positions, recipe, extractor, workers, reporter))
         if part is not None and len(parts[-1]):
             parts[-1].save(part, header)
     features = Features.join([part for part in parts if len(part)] or parts[:1])
-    if not len(features):
-        raise InputFileError(
-            f"expected images that can be read in {source.description}, got {len(manifest)} that cannot: copy them "
-            "again"
-        )
+    check_readable(source, len(manifest), len(features))
     if file is not None:
         features.save(file, header)
         shutil.rmtree(folder, ignore_errors=True)
@@ -119,7 +127,7 @@ def _extract_part(
     recipe: Views,
     extractor: FeatureExtractor,
     workers: int | None,
-    advance: Callable[[int], None],
+    reporter: Reporter,
 ) -> Features:
     batches = np.array_split(positions, -(-len(positions) // BATCH))
     parts = []
@@ -127,5 +135,5 @@ def _extract_part(
         if len(batch.positions):
             # logits make the inception score, which is of samples alone
             parts.append(Features(extractor(batch.views[:, 0].numpy()).vectors))
-        advance(len(asked))
+        reporter.advance(len(asked))
     return Features.join(parts) if parts else Features(np.empty((0, extractor.dimensions), np.float32))

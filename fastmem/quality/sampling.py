@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -14,7 +14,8 @@ from fastmem.errors import UsageError
 from fastmem.models.model import Model
 from fastmem.quality.features import FeatureExtractor, Features, to_bytes
 from fastmem.quality.samples import BATCH, SampleFolder, sample_shard
-from fastmem.runs.folder import Interruption
+from fastmem.reporter import Reporter, size, time_left
+from fastmem.runs.interruption import Interruption
 
 # a probe of this many samples tells the speed of a CPU; a GPU is not full before a whole shard
 PROBE = 8
@@ -22,9 +23,13 @@ PROBE = 8
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """What determines the samples besides the weights: their number, the seed, and how many are drawn in one batch.
+    """What determines the samples besides the weights.
 
-    pictures: write them as PNG files, too.
+    Attributes:
+        samples: how many.
+        seed: of their random draws.
+        batch_size: how many are drawn at once, which changes the draws.
+        pictures: whether they are written as PNG files, too; this changes no sample.
 
     Raises: UsageError for fewer than 1 sample or a batch below 1.
     """
@@ -44,23 +49,31 @@ class EvaluationSettings:
 
 @dataclass(frozen=True)
 class EvaluationPlan:
-    """What sampling will take: samples, those already there, bytes on disk, seconds at the measured speed."""
+    """What sampling will take.
+
+    Attributes:
+        samples: all samples.
+        done: those that are there already.
+        disk_bytes: of the samples to come.
+        seconds: for the samples to come, at the measured speed; None where it was not measured.
+    """
 
     samples: int
     done: int
     disk_bytes: int
     seconds: float | None
+    things: str = "samples"
 
+    @property
+    def total(self) -> int:
+        """All samples."""
+        return self.samples
 
-@dataclass(frozen=True)
-class EvaluationReporter:
-    """Whom an evaluation tells about itself; the defaults are silent.
-
-    planned: before sampling; advance: samples done, from time to time.
-    """
-
-    planned: Callable[[EvaluationPlan], None] = field(default=lambda plan: None)
-    advance: Callable[[int], None] = field(default=lambda samples: None)
+    def __str__(self) -> str:
+        if self.done == self.samples:
+            return f"all {self.samples:,} samples are there already"
+        done = f" ({self.done:,} are there)" if self.done else ""
+        return f"sampling {self.samples:,} images{done}, about {size(self.disk_bytes)} on disk{time_left(self.seconds)}"
 
 
 @dataclass
@@ -73,7 +86,7 @@ class Sampling:
     extractors: tuple[FeatureExtractor, ...]
     seconds: dict[str, float] = field(default_factory=dict)
 
-    def run(self, reporter: EvaluationReporter) -> None:
+    def run(self, reporter: Reporter) -> None:
         """Make what is missing. Raises: KeyboardInterrupt after the shard during which Ctrl-C came."""
         left = [number for number in range(len(self.samples.shards)) if self._is_missing(number)]
         reporter.planned(self._plan(left))

@@ -11,6 +11,9 @@ from torch import Tensor
 from fastmem.errors import UsageError
 from fastmem.stats import UnitStats
 
+# the share of units that reports speak of, and the rankings that they compare
+FRACTION = 0.05
+RANKINGS = ("unitmem", "within-class", "gap")
 SCOPES = ("global", "per-layer")
 MERGES: dict[str, Callable[[Tensor], Tensor]] = {
     "max": lambda scores: scores.amax(1),

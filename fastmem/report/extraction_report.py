@@ -9,14 +9,10 @@ from typing import Any
 import numpy as np
 
 from fastmem.data.manifest import Manifest
-from fastmem.extraction.association import Association, associate
+from fastmem.extraction.association import Association
 from fastmem.extraction.extract import Extraction, Verdicts
 from fastmem.extraction.verdicts import Count
-from fastmem.files import write_atomically
-from fastmem.ranking.ownership import owned_units, owners
-from fastmem.ranking.selection import find_matched, select
-from fastmem.report.score_report import FRACTION, RANKINGS
-from fastmem.stats import UnitStats
+from fastmem.files import write_table
 
 BINS = np.round(np.linspace(-1, 1, 41), 2)
 
@@ -25,26 +21,6 @@ def counts(verdicts: Verdicts, among: np.ndarray, original: bool = False) -> lis
     """Extracted of the targets ``among`` (bool [N]), for every prefix."""
     found = verdicts.extracted_original if original else verdicts.extracted
     return [Count(int((row & among).sum()), int(among.sum())) for row in found]
-
-
-def find_associations(extraction: Extraction, stats: UnitStats, heldout: UnitStats | None) -> dict[str, Association]:
-    """For every ranking, whether candidates that own a unit of its top 5 % are extracted more often (last prefix)."""
-    verdicts = extraction.sets["train"]
-    candidates = verdicts.targets.take(verdicts.candidate)
-    extracted = verdicts.extracted[_longest(extraction)][verdicts.candidate]
-    found = {}
-    for by in RANKINGS:
-        if by == "gap" and (heldout is None or not heldout.count or find_matched(stats, heldout) is None):
-            continue
-        if by == "within-class" and stats.known_summary is None and stats.rows is None:
-            continue
-        owned = owned_units(candidates.ids, owners(stats, select(stats, FRACTION, by, heldout=heldout), heldout))
-        found[by] = associate(owned > 0, extracted)
-    return found
-
-
-def _longest(extraction: Extraction) -> int:
-    return int(np.argmax(extraction.prefixes))
 
 
 def describe(extraction: Extraction, associations: Mapping[str, Association]) -> dict[str, Any]:
@@ -118,7 +94,6 @@ def write_verdicts(path: Path, extraction: Extraction, manifests: Mapping[str, M
     twin_similarity, group. What was not measured is null.
     """
     import pyarrow
-    from pyarrow import parquet
 
     train = manifests["train"]
     names = dict(zip(train.ids.tolist(), train.names.tolist(), strict=True))
@@ -153,8 +128,7 @@ def write_verdicts(path: Path, extraction: Extraction, manifests: Mapping[str, M
                     }
                 )
             )
-    table = pyarrow.concat_tables(tables)
-    write_atomically(path, lambda partial: parquet.write_table(table, partial))
+    write_table(path, pyarrow.concat_tables(tables))
 
 
 def _or_null(values: np.ndarray) -> Any:

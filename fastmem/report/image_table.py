@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from fastmem.data.manifest import Manifest
-from fastmem.files import write_atomically
+from fastmem.files import write_table
 from fastmem.scoring.image_losses import ImageLosses
 
 
@@ -24,7 +24,6 @@ def write_image_table(
     int [N]; empty for held-out images.
     """
     import pyarrow
-    from pyarrow import parquet
 
     tables = []
     for split, manifest in manifests.items():
@@ -46,5 +45,4 @@ def write_image_table(
             name = f"owned_by_{ranking.replace('-', '_')}"
             columns[name] = pyarrow.array(units if split == "train" else [None] * count, pyarrow.int64())
         tables.append(pyarrow.table(columns))
-    table = pyarrow.concat_tables(tables)
-    write_atomically(path, lambda partial: parquet.write_table(table, partial))
+    write_table(path, pyarrow.concat_tables(tables))

@@ -4,40 +4,43 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fastmem.data.manifest import Manifest
 from fastmem.data.sources import ImageSource
 from fastmem.files import write_json
 from fastmem.models.model import Model
 from fastmem.ranking.gap import Gap, gap
 from fastmem.ranking.ownership import owned_units, owners
 from fastmem.ranking.reliability import Reliability, reliability
-from fastmem.ranking.selection import find_matched, select
+from fastmem.ranking.selection import FRACTION, RANKINGS, find_matched, select
 from fastmem.report.image_table import write_image_table
 from fastmem.report.unit_table import TopUnit, names_by_id, top_units, write_unit_table
 from fastmem.runs.folder import RESULT_SCHEMA, RunFolder
-from fastmem.scoring import ScoreResult
 from fastmem.scoring.membership import Membership, membership
+from fastmem.scoring.score import ScoreResult
+from fastmem.scoring.settings import ScoreSettings
 from fastmem.stats import UnitStats
 
 SHEET_UNITS = 16
 # fewer segments are compared more easily in the picture by block
 HEATMAP_SEGMENTS = 3
-FRACTION = 0.05
 FALSE_DISCOVERIES = 0.05
-RANKINGS = ("unitmem", "within-class", "gap")
 
 
 @dataclass(frozen=True, eq=False)
 class ScoreFindings:
     """What was found besides the statistics: the highest units, and the controls.
 
-    names: CLASS/NAME of the training images by id; reliability: by ranking; gap: None without held-out images;
-    membership: by score, empty where no losses were kept; owned: units of the top 5 % that each training image owns,
-    int64 [N] in manifest order, by ranking.
+    Attributes:
+        top: the units of highest UnitMem, best first.
+        names: CLASS/NAME of the training images by id.
+        reliability: how far each ranking repeats itself on other images, by ranking.
+        gap: UnitMem on training against held-out images; None without held-out images.
+        membership: how well a score tells training images from held-out ones, by score; empty without losses.
+        owned: how many units of the top 5 % each training image owns, int64 [N] in manifest order, by ranking.
     """
 
     top: tuple[TopUnit, ...]
@@ -48,12 +51,9 @@ class ScoreFindings:
     owned: dict[str, np.ndarray]
 
 
-def find(result: ScoreResult, manifest: Manifest) -> ScoreFindings:
-    """Rankings, their reliability and owners, the gap to the held-out set, and membership inference.
-
-    manifest: of the training images.
-    """
-    stats, heldout = result.train, result.heldout
+def find(result: ScoreResult) -> ScoreFindings:
+    """Rankings, their reliability and owners, the gap to the held-out set, and membership inference."""
+    stats, heldout, manifest = result.train, result.heldout, result.manifests["train"]
     top = top_units(stats, SHEET_UNITS)
     found_gap = None
     # damaged files can leave the two sets unlike
@@ -88,36 +88,32 @@ def find_membership(result: ScoreResult) -> dict[str, Membership]:
 
 
 def write_report(
-    model: Model, source: ImageSource, folder: RunFolder, result: ScoreResult, views: int | str
+    model: Model,
+    source: ImageSource,
+    folder: RunFolder,
+    result: ScoreResult,
+    settings: ScoreSettings,
+    with_pictures: bool = True,
 ) -> tuple[dict[str, Any], ScoreFindings]:
     """Write tables, pictures and result.json; returns the document and what was found.
 
+    Args:
+        model: the model that was scored.
+        source: the training images.
+        folder: the run folder.
+        result: what the pass found.
+        settings: of the pass.
+        with_pictures: False writes tables alone.
+
     Raises: UsageError where the folder cannot be written.
     """
-    # drawing loads matplotlib, which the pass does not need
-    from fastmem.report.heatmap import draw_unitmem_heatmap
-    from fastmem.report.score_pictures import draw_contact_sheet, draw_train_against_heldout, draw_unitmem_by_block
-
     stats, heldout, path = result.train, result.heldout, folder.path
-    splits = ["train"] if heldout is None else ["train", "heldout"]
-    manifests = {split: Manifest.load(folder.manifest_file(split)) for split in splits}
-    found = find(result, manifests["train"])
+    found = find(result)
     tables = [path / "units.parquet", path / "images.parquet"]
     write_unit_table(tables[0], stats, heldout, found.names, found.gap)
     losses = {"train": result.train_losses, "heldout": result.heldout_losses}
-    write_image_table(tables[1], manifests, losses, found.owned)
-    pictures = []
-    if found.top:
-        pictures = [path / "unitmem-by-block.png", path / "top-images.png"]
-        draw_unitmem_by_block(pictures[0], stats, heldout, model.name)
-        title = f"{model.name}: the images behind the {len(found.top)} units of highest UnitMem"
-        draw_contact_sheet(pictures[1], found.top, source, found.names, title)
-    if len(stats.segments) >= HEATMAP_SEGMENTS and found.top:
-        pictures.append(path / "unitmem-by-segment.png")
-        draw_unitmem_heatmap(pictures[-1], stats, heldout, model.name)
-    if found.gap is not None:
-        pictures.append(path / "train-against-heldout.png")
-        draw_train_against_heldout(pictures[-1], stats, heldout, found.gap, FALSE_DISCOVERIES, model.name)
+    write_image_table(tables[1], result.manifests, losses, found.owned)
+    pictures = _draw(path, model.name, source, result, found) if with_pictures else []
     document = {
         "run": str(path),
         "model": model.name,
@@ -125,7 +121,7 @@ def write_report(
         "device": result.device,
         "images": stats.count,
         "heldout_images": heldout.count if heldout else 0,
-        "views": views,
+        "views": settings.views,
         "layers": stats.shape[0],
         "segments": list(stats.segments),
         "units": stats.shape[2],
@@ -141,6 +137,27 @@ def write_report(
     }
     write_json(folder.result_file, {"schema": RESULT_SCHEMA} | document)
     return document, found
+
+
+def _draw(path: Path, name: str, source: ImageSource, result: ScoreResult, found: ScoreFindings) -> list[Path]:
+    """Draw the pictures that the run has enough for; returns where they lie."""
+    # drawing loads matplotlib, which the pass does not need
+    from fastmem.report.heatmap import draw_unitmem_heatmap
+    from fastmem.report.score_pictures import draw_contact_sheet, draw_train_against_heldout, draw_unitmem_by_block
+
+    stats, heldout, pictures = result.train, result.heldout, []
+    if found.top:
+        pictures = [path / "unitmem-by-block.png", path / "top-images.png"]
+        draw_unitmem_by_block(pictures[0], stats, heldout, name)
+        title = f"{name}: the images behind the {len(found.top)} units of highest UnitMem"
+        draw_contact_sheet(pictures[1], found.top, source, found.names, title)
+    if len(stats.segments) >= HEATMAP_SEGMENTS and found.top:
+        pictures.append(path / "unitmem-by-segment.png")
+        draw_unitmem_heatmap(pictures[-1], stats, heldout, name)
+    if found.gap is not None:
+        pictures.append(path / "train-against-heldout.png")
+        draw_train_against_heldout(pictures[-1], stats, heldout, found.gap, FALSE_DISCOVERIES, name)
+    return pictures
 
 
 def gap_document(found: Gap, stats: UnitStats) -> dict[str, Any]:

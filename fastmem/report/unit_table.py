@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastmem.data.manifest import Manifest
-from fastmem.files import write_atomically
+from fastmem.files import write_table
 from fastmem.ranking.gap import Gap
 from fastmem.ranking.selection import highest, ranked_segments
 from fastmem.stats import UnitStats
@@ -69,7 +69,6 @@ def write_unit_table(
     names: CLASS/NAME by image id.
     """
     import pyarrow
-    from pyarrow import parquet
 
     layers, segments, units = stats.shape
     grid = torch.cartesian_prod(torch.arange(layers), torch.arange(segments), torch.arange(units))
@@ -99,5 +98,4 @@ def write_unit_table(
         columns["gap"] = flat(gap.value)
         named = {"fold_mean": gap.fold_value, "low": gap.low, "high": gap.high, "p": gap.p_value, "q": gap.q_value}
         columns |= {f"gap_{name}": flat(values) for name, values in named.items()}
-    table = pyarrow.table(columns)
-    write_atomically(path, lambda partial: parquet.write_table(table, partial))
+    write_table(path, columns)

@@ -14,16 +14,13 @@ evaluations/        metrics of samples and losses of real images, a document and
 from __future__ import annotations
 
 import os
-import signal
-import threading
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-from fastmem.errors import UsageError
+from fastmem.errors import InputFileError, UsageError
 from fastmem.files import read_json, write_json
 
 RUN_SCHEMA = "fastmem.run/1"
@@ -40,8 +37,19 @@ def default_folder(model: str) -> Path:
 
 @dataclass(frozen=True)
 class RunInputs:
-    """Where a run's weights and images came from: absolute paths; None for the official files, the embedded images, or
-    no held-out set."""
+    """Where a run's weights and images came from, so that later stages find them again.
+
+    Attributes:
+        model: its name in the registry.
+        checkpoint: absolute path of the generator's weights; None for the official file, or the one in the package.
+        tokenizer: absolute path of the tokenizer's weights; None likewise.
+        data: absolute path of the training images, "embedded" or "memory"; None for the embedded ones.
+        heldout: the same for the held-out images; None for the embedded ones, or where there are none.
+        classes: file with the class order; None where the run's manifest tells it.
+        data_split: folder of the split below ``data``; None for the usual one.
+        heldout_split: folder of the split below ``heldout``; None for the usual one.
+        token_cache: where tokens of images are kept, as in ``fastmem.score``.
+    """
 
     model: str
     checkpoint: str | None = None
@@ -49,6 +57,9 @@ class RunInputs:
     data: str | None = None
     heldout: str | None = None
     classes: str | None = None
+    data_split: str | None = None
+    heldout_split: str | None = None
+    token_cache: str | None = "auto"
 
     def save(self, folder: RunFolder) -> None:
         """Write inputs.json. Raises: UsageError where the folder cannot be written."""
@@ -58,7 +69,10 @@ class RunInputs:
     def load(cls, folder: RunFolder) -> RunInputs:
         """Read inputs.json. Raises: InputFileError where it is missing or damaged."""
         document = read_json(folder.inputs_file, INPUTS_SCHEMA)
-        return cls(**{field.name: document.get(field.name) for field in fields(cls)})
+        known = {field.name: document[field.name] for field in fields(cls) if field.name in document}
+        if not isinstance(known.get("model"), str):
+            raise InputFileError(f"expected the name of a model in {folder.inputs_file}, got none: score again")
+        return cls(**known)
 
 
 @dataclass(frozen=True)
@@ -146,26 +160,3 @@ def check_writable(path: Path) -> None:
         raise UsageError(
             f"expected a folder that can be written for the run, got {path}: choose another --out or change its rights"
         )
-
-
-class Interruption:
-    """While entered, Ctrl-C only sets ``requested``, so that work can stop where its state is whole; a second one stops
-    at once. Outside the main thread Ctrl-C is left as it is."""
-
-    def __init__(self) -> None:
-        self.requested = False
-
-    def __enter__(self) -> Interruption:
-        self._main = threading.current_thread() is threading.main_thread()
-        if self._main:
-            self._before = signal.signal(signal.SIGINT, self._request)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._main:
-            signal.signal(signal.SIGINT, self._before)
-
-    def _request(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import numpy as np
-import torch
-
 from fastmem.data.manifest import Manifest
 from fastmem.data.sources import ImageSource
 from fastmem.errors import UsageError
 from fastmem.models.model import Model
 from fastmem.tokens.cache import TokenCache
-from fastmem.tokens.encoding import tokens_of
+from fastmem.tokens.true_images import read_true_images, spread
 
 IMAGES = 64
-BATCH = 16
 STANDARD_ERRORS = 2.0
 FEW_IMAGES = 8
 
@@ -39,24 +35,12 @@ def check_class_order(
 
     Raises: UsageError where the own labels are no better, which means that the class order is another one.
     """
-    positions = np.unique(np.linspace(0, len(manifest) - 1, min(IMAGES, len(manifest))).astype(np.int64))
-    batches = np.array_split(positions, -(-len(positions) // BATCH))
-    tokens, kept = [], []
-    recipe = model.view_recipe("center")
-    # images from all over are encoded in other company than in a pass, so their tokens are not kept
-    for batch in tokens_of(model, source, manifest, batches, recipe, cache, keep=False, workers=0):
-        if len(batch.positions):
-            tokens.append(batch.tokens[:, 0].cpu())
-            kept.append(batch.positions)
-    own = torch.from_numpy(manifest.labels[np.concatenate(kept)]) if kept else torch.empty(0, dtype=torch.int64)
+    images = read_true_images(model, source, manifest, spread(len(manifest), IMAGES), cache=cache, workers=0)
+    own = images.labels
     if len(own.unique()) < 2:
         return None
-    sizes = [len(t) for t in tokens]
     shuffled = own.roll(len(own) // 2)
-    losses = [
-        torch.cat([model.outcomes(t, y).loss.mean(1) for t, y in zip(tokens, labels.split(sizes), strict=True)])
-        for labels in (own, shuffled)
-    ]
+    losses = [model.outcomes(images.tokens, labels).loss.mean(1) for labels in (own, shuffled)]
     with_own, with_shuffled = (float(loss.double().mean()) for loss in losses)
     gain = (losses[1] - losses[0]).double()
     chance = STANDARD_ERRORS * float(gain.std()) / len(gain) ** 0.5 if len(gain) >= FEW_IMAGES else 0.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,19 +14,21 @@ from torch import Tensor
 
 from fastmem.backends.select import Backend, choose_backend
 from fastmem.data.decoding import Skipped
-from fastmem.data.manifest import FOLDS, Manifest, WorkUnit
+from fastmem.data.manifest import Manifest, WorkUnit
 from fastmem.data.sources import ImageSource
 from fastmem.data.views import Joined
 from fastmem.files import read_json, read_tensors, write_json, write_tensors
 from fastmem.models.model import Model
-from fastmem.runs.folder import Interruption, RunFolder, check_writable
+from fastmem.reporter import SILENT, Reporter
+from fastmem.runs.folder import RunFolder, check_writable
+from fastmem.runs.interruption import Interruption
 from fastmem.scoring.class_order import check_class_order, check_labels
 from fastmem.scoring.image_losses import ImageLosses
+from fastmem.scoring.plan import ScorePlan, TokenPlan, disk_bytes, keeps_rows, plan_tokens
 from fastmem.scoring.running_set import RunningSet, Seen, as_rows, from_rows
-from fastmem.scoring.settings import BATCH_VIEWS, Reporter, ScorePlan, ScoreSettings, TokenPlan
+from fastmem.scoring.settings import ScoreSettings
 from fastmem.stats import StatsBuilder, UnitStats
-from fastmem.stats.accumulators import LARGEST
-from fastmem.stats.storage import row_folder
+from fastmem.stats.class_rows import row_folder
 from fastmem.tokens.cache import TokenCache
 from fastmem.tokens.encoding import tokens_of
 
@@ -34,27 +36,32 @@ STATE_SCHEMA = "fastmem.score-state/2"
 SKIPPED_SCHEMA = "fastmem.skipped/1"
 UNIT_IMAGES = 64
 SAVE_SECONDS = 30.0
-# class rows above this size are summed up instead of kept
-MAX_ROW_BYTES = 2 * 2**30
-# of one unit and fold: mean and M2 in float64, the largest with its id; moments, views and largest responses with ids
-ROW_BYTES = 28
-FOLD_BYTES = 24 + 12 * LARGEST
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ScoreResult:
     """What a scoring pass found.
 
-    train, heldout: statistics of both sets, heldout None without one; train_losses, heldout_losses: losses and hits of
-    single images, None where they were not asked for; skipped: images that could not be read, with reasons; seconds,
-    images_per_second: of the pass in this process; run: the folder, None without one. train.matched holds the training
-    images that match the held-out set in size, classes and folds (None where all of them do).
+    Attributes:
+        train: statistics of the training images; ``train.matched`` holds those that match the held-out set in size,
+            classes and folds (None where all of them do).
+        heldout: statistics of the held-out images; None without such a set.
+        train_losses: loss and hits of every training image; None where they were not asked for.
+        heldout_losses: the same of every held-out image.
+        manifests: the images by set, "train" and "heldout".
+        skipped: images that could not be read, each with the reason.
+        backend: name of the backend that ran.
+        device: where the model was.
+        seconds: that the pass took in this process.
+        images_per_second: in this process.
+        run: the run folder; None for a result that is in memory alone.
     """
 
     train: UnitStats
     heldout: UnitStats | None
     train_losses: ImageLosses | None
     heldout_losses: ImageLosses | None
+    manifests: dict[str, Manifest]
     skipped: tuple[Skipped, ...]
     backend: str
     device: str
@@ -66,9 +73,14 @@ class ScoreResult:
 def responses(
     model: Model, tokens: Tensor, labels: Tensor, *, segments: Sequence[str] | None = None, backend: str = "auto"
 ) -> Tensor:
-    """Mean absolute fc1 activation of every unit over each segment: float32 [N,layers,segments,units].
+    """Mean absolute activation of every unit over the positions of each segment: float32 [N,layers,segments,units].
 
-    tokens: int64 [N,T]; labels: int64 [N]; segments: names, the model's default ones when None.
+    Args:
+        model: the model.
+        tokens: true tokens of the images, int64 [N,T].
+        labels: classes of the images, int64 [N].
+        segments: names of segments; None for the model's default ones.
+        backend: "auto", or the name of one.
 
     Raises: UsageError for an unknown segment or backend, or tokens and labels of another shape or range.
 
@@ -77,63 +89,46 @@ def responses(
     return model.responses(tokens, labels, segments, choose_backend(backend, model.device))
 
 
-def score(
+def score_images(
     model: Model,
-    source: ImageSource,
+    sets: Mapping[str, ImageSource],
+    settings: ScoreSettings,
     *,
-    heldout: ImageSource | None = None,
-    views: int | str = 10,
-    segments: Sequence[str] | None = None,
-    per_class: int | None = None,
-    batch_size: int | None = None,
     backend: str = "auto",
-    out: str | Path | None = None,
+    out: Path | None = None,
     resume: bool = False,
-    seed: int = 0,
     check_classes: bool = True,
-    activation: str = "post",
-    class_rows: str = "auto",
-    per_image: bool = False,
-    unconditional: bool = False,
     workers: int | None = None,
     token_cache: str | Path | None = None,
-    reporter: Reporter | None = None,
+    reporter: Reporter = SILENT,
 ) -> ScoreResult:
-    """Statistics of every unit's response to the images of ``source``, and to ``heldout`` where given.
+    """Stream every unit's responses to the images into running statistics; no activation is kept.
 
-    views: a number of views, or "center"; segments: names, the model's default ones when None; per_class: images of
-    each class, drawn evenly, None for all; batch_size: views of one forward pass, rounded down to whole images (at
-    least one); out: run folder, None keeps the result in memory; resume: go on in a run folder that was interrupted;
-    check_classes: refuse data whose class order does not fit; activation: "post" (after the GELU) or "pre";
-    class_rows: keep statistics per class, drop them, or "auto": keep them up to 2 GiB; per_image: keep each image's
-    loss and candidate hits on its centre view, for membership inference and extraction; unconditional: its loss without
-    a class too; workers: decoding processes; token_cache: a folder for tokens that a later pass over the same images
-    takes up, "auto" for the one in ``FASTMEM_HOME``, None for no cache. A held-out set is cut to the classes and, per
-    class, to the number of images that the training set has too; the training images that match it are also kept apart
-    in ``train.matched``.
+    A held-out set is cut to the classes of the training set and, per class, to the number of images that it has; the
+    training images that match it are also kept apart in ``train.matched``.
 
-    Raises: UsageError for options that do not fit model or data, a folder that cannot be written or holds another run;
+    Args:
+        model: the model.
+        sets: images by set: "train", and "heldout" where there is a control.
+        settings: what determines the numbers.
+        backend: "auto", or the name of one.
+        out: folder of the run; None keeps the result in memory.
+        resume: go on in a folder whose pass was interrupted.
+        check_classes: refuse images whose class order does not fit the checkpoint.
+        workers: processes that decode images; None chooses by cores.
+        token_cache: folder where tokens are kept for later passes; "auto" takes the one in ``FASTMEM_HOME``, None and
+            "off" keep none.
+        reporter: is told the plan, the images done, and what a person should know.
+
+    Raises: UsageError for settings that do not fit model or data, a folder that cannot be written or holds another run;
     InputFileError for a damaged run folder. KeyboardInterrupt leaves a folder from which ``resume`` goes on.
     """
-    settings = ScoreSettings(
-        views,
-        tuple(segments) if segments else None,
-        per_class,
-        batch_size or BATCH_VIEWS,
-        activation,
-        class_rows,
-        seed,
-        per_image,
-        unconditional,
-    )
-    chosen = choose_backend(backend, model.device, pre_activation=activation == "pre")
+    chosen = choose_backend(backend, model.device, pre_activation=settings.activation == "pre")
     if out is not None:
-        check_writable(Path(out))
+        check_writable(out)
     cache = TokenCache.open(token_cache, model)
-    folder = RunFolder(Path(out)) if out is not None else None
-    scorer = _Scorer(model, settings, chosen, folder, reporter or Reporter(), workers, cache)
-    sets = {"train": source} | ({"heldout": heldout} if heldout is not None else {})
-    return scorer.run(sets, resume, check_classes)
+    folder = None if out is None else RunFolder(out)
+    return _Scorer(model, settings, chosen, folder, reporter, workers, cache).run(sets, resume, check_classes)
 
 
 @dataclass
@@ -159,7 +154,7 @@ class _Scorer:
         self.losses: dict[str, ImageLosses] = {}
         self.saved = time.monotonic()
 
-    def run(self, sets: dict[str, ImageSource], resume: bool, check_classes: bool) -> ScoreResult:
+    def run(self, sets: Mapping[str, ImageSource], resume: bool, check_classes: bool) -> ScoreResult:
         manifests = self._manifests(sets)
         for manifest in manifests.values():
             check_labels(self.model, manifest)
@@ -172,7 +167,7 @@ class _Scorer:
                 "images' class order, so a subset needs the checkpoint's whole order (--classes FILE)"
             )
         goes_on = self.folder is not None and self.folder.check(self._identity(manifests), resume)
-        tokens = self._plan_tokens(manifests)
+        tokens, self.cache = plan_tokens(self.cache, self.loaded, manifests, self.reporter.note)
         if check_classes and not goes_on:
             self._check_class_order(sets["train"], manifests["train"])
         if self.folder is not None and not goes_on:
@@ -196,6 +191,7 @@ class _Scorer:
             stats.get("heldout"),
             self.losses.get("train"),
             self.losses.get("heldout"),
+            manifests,
             tuple(skipped),
             self.backend.name,
             str(self.model.device),
@@ -204,7 +200,7 @@ class _Scorer:
             self.folder and self.folder.path,
         )
 
-    def _manifests(self, sets: dict[str, ImageSource]) -> dict[str, Manifest]:
+    def _manifests(self, sets: Mapping[str, ImageSource]) -> dict[str, Manifest]:
         """The images of each set; a held-out set is cut to what the training set can be matched to."""
         per_class, seed = self.settings.per_class, self.settings.seed
         manifests = {split: Manifest.build(source, per_class, seed) for split, source in sets.items()}
@@ -252,39 +248,10 @@ class _Scorer:
                 f"class order fits: {losses[0]:.3f} nats per token with own labels, {losses[1]:.3f} with shuffled ones"
             )
 
-    def _row_bytes(self, manifest: Manifest) -> int:
-        classes = len(np.unique(manifest.labels))
-        return int(np.prod(self.shape)) * FOLDS * ROW_BYTES * classes
-
-    def _keeps_rows(self, manifest: Manifest) -> bool:
-        if self.settings.class_rows != "auto":
-            return self.settings.class_rows == "keep"
-        return self._row_bytes(manifest) <= MAX_ROW_BYTES
-
-    def _plan_tokens(self, manifests: dict[str, Manifest]) -> TokenPlan:
-        """What the token cache will hold; there is none any more where it would fill half the disk's room."""
-        cache = self.cache
-        if cache is None:
-            return TokenPlan()
-        images = sum(map(len, manifests.values()))
-        stored = sum(cache.stored(self.loaded, manifest) for manifest in manifests.values())
-        needed, free = cache.bytes_of(self.loaded, images - stored), cache.free_bytes()
-        if needed > free / 2:
-            self.reporter.note(
-                f"tokens are not kept for the next pass: they need {needed / 1e9:.1f} GB, and {cache.folder} has "
-                f"{free / 1e9:.1f} GB left"
-            )
-            self.cache = None
-            return TokenPlan()
-        return TokenPlan(cache.folder, cache.bytes_of(self.loaded, images), stored / max(1, images))
-
     def _plan(self, source: ImageSource, manifests: dict[str, Manifest], tokens: TokenPlan) -> ScorePlan:
-        """The size of the pass; the time from one batch that is run and thrown away."""
+        """The size of the pass; the time comes from one batch that is run and thrown away."""
         images = {split: len(manifest) for split, manifest in manifests.items()}
-        disk = 0
-        if self.folder is not None:
-            disk = int(np.prod(self.shape)) * FOLDS * FOLD_BYTES * (len(manifests) + 1)
-            disk += sum(self._row_bytes(m) for m in manifests.values() if self._keeps_rows(m))
+        disk = 0 if self.folder is None else disk_bytes(self.settings, self.shape, manifests)
         seconds = None
         probe = np.arange(min(self._images_per_batch, len(manifests["train"])))
         complete = self.folder is not None and all(self.folder.stats_file(split).exists() for split in manifests)
@@ -359,7 +326,7 @@ class _Scorer:
 
     def _start_set(self, split: str, manifest: Manifest) -> RunningSet:
         """A set's running state, from its last checkpoint where there is one."""
-        keep_rows = self._keeps_rows(manifest)
+        keep_rows = keeps_rows(self.settings, self.shape, manifest)
         file = self.folder and self.folder.stats_file(split)
         builder = self._builder(keep_rows, row_folder(file) if file and keep_rows else None)
         mask = self.matched if split == "train" and self.matched is not None and not self.matched.all() else None

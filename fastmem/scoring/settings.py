@@ -1,10 +1,8 @@
-"""What a scoring pass is asked to do, what it will take, and whom it tells."""
+"""What a scoring pass is asked to do."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 
 from fastmem.errors import UsageError
 
@@ -16,10 +14,19 @@ BATCH_VIEWS = 80
 class ScoreSettings:
     """What determines the numbers of a scoring pass, besides model and data.
 
-    views: a number, or "center"; segments: names; per_class: images of each class, None for all; batch_size: views of
-    one forward pass; activation: "post" or "pre" (the GELU); class_rows: "auto", "keep" or "drop"; seed: of folds and
-    of the images taken per class; per_image: keep every image's loss and hits on its centre view; unconditional: its
-    loss without a class too.
+    Attributes:
+        views: how many views of each image, or "center" for the centre view alone.
+        segments: names of the segments; None for the model's default ones.
+        per_class: images of each class, drawn evenly; None for all.
+        batch_size: views of one forward pass.
+        activation: "post" takes responses after the GELU, "pre" before it.
+        class_rows: "keep" keeps the statistics of every class, "drop" only their summary; "auto" keeps them up to
+            2 GiB.
+        seed: draws the folds and the images taken of each class.
+        per_image: whether every image's loss and hits on its centre view are kept.
+        unconditional: whether its loss without a class is kept too.
+
+    Raises: UsageError for an unknown word, a number below 1, or ``unconditional`` without ``per_image``.
     """
 
     views: int | str = 10
@@ -43,38 +50,3 @@ class ScoreSettings:
             raise UsageError(f"expected views as a number of at least 1 or center, got {self.views!r}")
         if self.unconditional and not self.per_image:
             raise UsageError("expected per_image=True with unconditional=True, got False: losses are kept per image")
-
-
-@dataclass(frozen=True)
-class TokenPlan:
-    """What a pass will keep in the token cache: its folder, None without one; all images' bytes; the share of the
-    images that is there already."""
-
-    folder: Path | None = None
-    total_bytes: int = 0
-    stored: float = 0.0
-
-
-@dataclass(frozen=True)
-class ScorePlan:
-    """What a pass will take, told before it starts: images of both sets, views of each, bytes on disk, seconds (None
-    where they were not measured), and tokens in the cache."""
-
-    images: int
-    heldout_images: int
-    views: int
-    disk_bytes: int
-    seconds: float | None
-    tokens: TokenPlan = TokenPlan()
-
-
-@dataclass(frozen=True)
-class Reporter:
-    """Whom a pass tells about itself; the defaults are silent.
-
-    note: one sentence; planned: before the pass; advance: images done, from time to time.
-    """
-
-    note: Callable[[str], None] = field(default=lambda sentence: None)
-    planned: Callable[[ScorePlan], None] = field(default=lambda plan: None)
-    advance: Callable[[int], None] = field(default=lambda images: None)

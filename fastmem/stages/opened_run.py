@@ -2,132 +2,263 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import reduce
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import click
 import numpy as np
 
-from fastmem.cli.options import Command, say
-from fastmem.cli.score import open_sources
 from fastmem.data.manifest import Manifest
-from fastmem.data.sources import ImageSource
+from fastmem.data.sources import EMBEDDED, IN_MEMORY, ImageSource, embedded_source, open_source
 from fastmem.errors import InputFileError, UsageError
 from fastmem.files import read_json
-from fastmem.mitigation.edit_file import load_edit
+from fastmem.mitigation.edit_file import EditPlan, load_edit
 from fastmem.models.checkpoints import load_model
 from fastmem.models.model import Model
+from fastmem.models.registry import entries, find_entry
+from fastmem.reporter import SILENT, Reporter
 from fastmem.runs.folder import RUN_SCHEMA, RunFolder, RunInputs
 from fastmem.scoring.image_losses import ImageLosses
 from fastmem.stats import UnitStats
+from fastmem.tokens.cache import TokenCache
 
 # true of every edit, and said wherever a result of one is shown
 CAUTION = (
     "weakened rows protect a model that others only sample from, not released weights: whoever holds the weights can "
     "look for rows of unusual norm and rescale them"
 )
-
-_RUN_OPTIONS: tuple[Callable[[Command], Command], ...] = (
-    click.option("--run", required=True, metavar="RUN", help="Folder of a scored run."),
-    click.option("--data", metavar="PATH", help="Training images, where they have moved since they were scored."),
-    click.option("--heldout", metavar="PATH", help="Held-out images, where they have moved."),
-    click.option("--classes", metavar="FILE", help="Class order, where the file has moved."),
-    click.option("--checkpoint", metavar="FILE", help="Generator weights, where they have moved."),
-    click.option("--tokenizer", metavar="FILE", help="Tokenizer weights, where they have moved."),
-    click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
-    click.option("--dtype", help="float32, bfloat16 or float16 (generator).  [default: as scored]"),
-)
-
-
-def run_options(command: Command) -> Command:
-    """--run --data --heldout --classes --checkpoint --tokenizer --device --dtype."""
-    return reduce(lambda decorated, option: option(decorated), reversed(_RUN_OPTIONS), command)
+EMBEDDED_SPLITS = ("train", "heldout")
+# images as a caller names them: a path, or an opened source
+Images = str | os.PathLike[str] | ImageSource
 
 
 @dataclass(frozen=True, eq=False)
 class OpenedRun:
     """A scored run with everything that made it.
 
-    model: edited where an edit was named; unedited: SHA-256 of its weights before that; chosen_on: ids of the images
-    that the edit was chosen on, on which it is not judged, int64 [M]; chosen_against: held-out ones alike; sources,
-    manifests: by set, "train" and, where there is one, "heldout".
+    Attributes:
+        folder: the run folder.
+        identity: what run.json says.
+        model: the model, without an edit.
+        sources: images by set, "train" and, where there is one, "heldout".
+        manifests: the order of the images, by set.
+        cache: tokens of images that were encoded before; None where none are kept.
     """
 
     folder: RunFolder
     identity: dict[str, Any]
     model: Model
-    unedited: dict[str, str]
-    edit: str | None
-    chosen_on: np.ndarray
-    chosen_against: np.ndarray
     sources: dict[str, ImageSource]
     manifests: dict[str, Manifest]
+    cache: TokenCache | None
 
-    def stats(self, split: str = "train") -> UnitStats:
-        """The statistics of a set. Raises: InputFileError where the file is missing or damaged."""
-        return UnitStats.load(self.folder.stats_file(split))
+    @property
+    def path(self) -> Path:
+        """The run folder's path."""
+        return self.folder.path
+
+    @cached_property
+    def train(self) -> UnitStats:
+        """Statistics of the training images. Raises: InputFileError where the file is missing or damaged."""
+        return UnitStats.load(self.folder.stats_file("train"))
+
+    @cached_property
+    def heldout(self) -> UnitStats | None:
+        """Statistics of the held-out images; None without such a set. Raises: as ``train``."""
+        return UnitStats.load(self.folder.stats_file("heldout")) if "heldout" in self.manifests else None
+
+    def stats(self) -> dict[str, UnitStats]:
+        """Statistics by set."""
+        return {"train": self.train} | ({} if self.heldout is None else {"heldout": self.heldout})
 
     def losses(self, split: str = "train") -> ImageLosses | None:
         """Losses and hits of a set's images; None where the pass kept none."""
         file = self.folder.losses_file(split)
         return ImageLosses.load(file, self.manifests[split].hash) if file.exists() else None
 
+    def weights(self) -> dict[str, str]:
+        """What tells the model's weights, as they are now, from others'; JSON values."""
+        return {**self.model.fingerprint(), "dtype": dtype_name(self.model), "device": self.model.device.type}
+
+
+@dataclass(frozen=True, eq=False)
+class EditInForce:
+    """The edit that a stage works with.
+
+    Attributes:
+        name: the edit's, as the caller gave it; None for the unedited model.
+        label: a word for names of files.
+        chosen_on: ids of the training images that the choice has seen, int64 [m]; they are not judged.
+        chosen_against: ids of the held-out images that it has seen, int64 [k]; likewise.
+    """
+
+    name: str | None = None
+    label: str = "unedited"
+    chosen_on: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    chosen_against: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+
+    @property
+    def caution(self) -> dict[str, str]:
+        """What is to be said of an edit, for a document; empty for the unedited model."""
+        return {} if self.name is None else {"caution": CAUTION}
+
+    def title(self, model: Model) -> str:
+        """The model and its edit, for a picture."""
+        return model.name if self.name is None else f"{model.name}, edit {self.label}"
+
+
+@contextmanager
+def edited(run: OpenedRun, edit: str | EditPlan | None, reporter: Reporter = SILENT) -> Iterator[EditInForce]:
+    """The run's model with an edit while entered; the very bits come back on leaving.
+
+    Args:
+        run: the run.
+        edit: the name of an edit of the run, the path of an edit file, or a plan; None for no edit.
+        reporter: is told what an edit does not protect.
+
+    Raises: UsageError for an edit that the run does not have, or of other weights; InputFileError for a damaged file.
+    """
+    if edit is None:
+        yield EditInForce()
+        return
+    plan = edit if isinstance(edit, EditPlan) else load_edit(run.folder, edit)
+    label = plan.name or "edit"
+    with plan.apply(run.model):
+        reporter.note(CAUTION)
+        name = edit if isinstance(edit, str) else label
+        yield EditInForce(name, label, plan.chosen_on.numpy(), plan.chosen_against.numpy())
+
 
 def open_run(
-    run: str,
+    path: str | os.PathLike[str],
     *,
-    data: str | None = None,
-    heldout: str | None = None,
-    classes: str | None = None,
-    checkpoint: str | None = None,
-    tokenizer: str | None = None,
+    data: Images | None = None,
+    heldout: Images | None = None,
+    classes: str | os.PathLike[str] | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
     device: str = "auto",
     dtype: str | None = None,
-    edit: str | None = None,
+    model: Model | None = None,
+    reporter: Reporter = SILENT,
 ) -> OpenedRun:
-    """Open a scored run; what is None is as it was scored. edit: name or file of an edit that is made at once.
+    """Open a scored run, for the stages that follow scoring; what is None is as it was scored.
+
+    Args:
+        path: the run folder.
+        data: the training images, where they have moved: a path or an opened source.
+        heldout: the held-out images, where they have moved.
+        classes: file with the class order, where the images' own order is another one now.
+        checkpoint: the generator's weights, where they have moved.
+        tokenizer: the tokenizer's weights, where they have moved.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        dtype: the generator's, "float32", "bfloat16" or "float16".
+        model: the model itself, where it is loaded already; then no weights are read.
+        reporter: is told what a person should know.
 
     Raises: InputFileError where the run or a file of it is missing, unfinished or damaged; UsageError where weights or
-    images are not the run's.
+    images are not the run's, or were in memory alone and are not given.
     """
-    folder = RunFolder(Path(run))
+    folder = RunFolder(Path(path))
     if not folder.identity_file.exists():
-        raise InputFileError(f"expected the folder of a scored run at {run}, got no run.json there: check --run")
+        raise InputFileError(f"expected the folder of a scored run at {path}, got no run.json there: check --run")
     identity = read_json(folder.identity_file, RUN_SCHEMA)
     splits = list(identity["manifests"])
     unfinished = [split for split in splits if not folder.stats_file(split).exists()]
     if unfinished or not folder.inputs_file.exists():
         raise InputFileError(
-            f"expected a finished run in {run}, got one without {unfinished[0] if unfinished else 'inputs'}: finish it "
-            "with `fastmem score` and --resume"
+            f"expected a finished run in {path}, got one without {unfinished[0] if unfinished else 'inputs'}: finish "
+            "it with `fastmem score` and --resume"
         )
-    before = RunInputs.load(folder)
-    model = load_model(
-        before.model, checkpoint or before.checkpoint, tokenizer or before.tokenizer, device, dtype or identity["dtype"]
-    )
-    unedited = dict(model.fingerprint())
-    _check_weights(run, identity, model, unedited)
-    sources = open_sources(before.model, data or before.data, heldout or before.heldout, classes or before.classes)
-    manifests = {split: Manifest.load(folder.manifest_file(split), sources[split]) for split in splits}
-    chosen_on = chosen_against = np.empty(0, np.int64)
-    if edit is not None:
-        plan = load_edit(folder, edit)
-        plan.apply(model)
-        chosen_on, chosen_against = plan.chosen_on.numpy(), plan.chosen_against.numpy()
-        say(CAUTION)
-    return OpenedRun(folder, identity, model, unedited, edit, chosen_on, chosen_against, sources, manifests)
+    inputs = RunInputs.load(folder)
+    if model is None:
+        if inputs.model not in entries():
+            raise UsageError(
+                f"expected a model of the registry in {path}, got {inputs.model}, which was put together in memory: "
+                "give it with model="
+            )
+        files = (checkpoint or inputs.checkpoint, tokenizer or inputs.tokenizer)
+        model = load_model(inputs.model, *files, device, dtype or identity["dtype"])
+    _check_weights(folder.path, identity, model, reporter)
+    manifests = {split: Manifest.load(folder.manifest_file(split)) for split in splits}
+    given = {"train": data, "heldout": heldout}
+    sources = {
+        split: _open_again(inputs, split, given[split], classes or inputs.classes or manifest.classes)
+        for split, manifest in manifests.items()
+    }
+    manifests = {split: manifest.found_in(sources[split]) for split, manifest in manifests.items()}
+    return OpenedRun(folder, identity, model, sources, manifests, TokenCache.open(inputs.token_cache, model))
 
 
-def _check_weights(run: str, identity: dict[str, Any], model: Model, found: dict[str, str]) -> None:
-    if str(model.dtype).removeprefix("torch.") != identity["dtype"]:
-        say(f"weights as {model.dtype}, scored as {identity['dtype']}: whether they are the run's is not checked")
+def dtype_name(model: Model) -> str:
+    """The generator's floating type in a word, such as "float32"."""
+    return str(model.dtype).removeprefix("torch.")
+
+
+def _check_weights(path: Path, identity: Mapping[str, Any], model: Model, reporter: Reporter) -> None:
+    if dtype_name(model) != identity["dtype"]:
+        reporter.note(
+            f"weights as {model.dtype}, scored as {identity['dtype']}: whether they are the run's is not checked"
+        )
         return
+    found = model.fingerprint()
     for part in ("checkpoint", "tokenizer"):
         if found[part] != identity[part]:
             raise UsageError(
-                f"expected the {part} that {run} was scored with ({identity[part][:12]}), got {found[part][:12]}: name "
-                f"that file with --{part}, or score this one"
+                f"expected the {part} that {path} was scored with ({identity[part][:12]}), got {found[part][:12]}: "
+                f"name that file with --{part}, or score this one"
             )
+
+
+def _open_again(
+    inputs: RunInputs, split: str, given: Images | None, classes: str | os.PathLike[str] | tuple[str, ...]
+) -> ImageSource:
+    """The images of one set, from where the caller says or from where they were."""
+    if given is not None:
+        return given if isinstance(given, ImageSource) else open_source(given, classes=classes)
+    before, below = (inputs.data, inputs.data_split) if split == "train" else (inputs.heldout, inputs.heldout_split)
+    if before is None:
+        return embedded_source(split)
+    if before == EMBEDDED:
+        return embedded_source(below or split)
+    if before == IN_MEMORY:
+        name = "data" if split == "train" else "heldout"
+        raise UsageError(f"expected the images that were scored, which were in memory: give them with {name}=")
+    return open_source(before, below, classes)
+
+
+def open_sources(
+    model: str, data: str | None, heldout: str | None = None, classes: str | None = None
+) -> dict[str, ImageSource]:
+    """The image sets "train" and, where there is one, "heldout" that a command names.
+
+    Without ``data`` a model that has embedded images takes those, and any other the folder that ``FASTMEM_DATA`` names.
+
+    Args:
+        model: name in the registry.
+        data: path of the training images.
+        heldout: path of the held-out images.
+        classes: file with the class order.
+
+    Raises: UsageError where no images are named for a model that has none embedded; see ``open_source`` for the rest.
+    """
+    if find_entry(model).embedded and data is None:
+        if classes is not None:
+            raise UsageError("expected --classes together with --data, got the embedded images: leave it out")
+        sources: dict[str, ImageSource] = {split: embedded_source(split) for split in EMBEDDED_SPLITS}
+    else:
+        path = data or os.environ.get("FASTMEM_DATA")
+        if not path:
+            raise UsageError(
+                f"expected training images for {model}, got none: name a folder with one folder per class with --data "
+                "PATH, or in the environment variable FASTMEM_DATA"
+            )
+        sources = {"train": open_source(path, classes=classes)}
+    if heldout is not None:
+        order = classes if classes is not None else sources["train"].classes
+        sources["heldout"] = open_source(heldout, classes=order)
+    return sources

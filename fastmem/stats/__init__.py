@@ -1,9 +1,10 @@
-"""Running statistics of unit responses: what one pass over the images keeps, per unit and never per image.
+"""Running statistics of unit responses: what one pass over the images keeps of every unit, and never of every image.
 
-Images are dealt to folds; each fold keeps count, mean and M2 (Chan's merge), the mean within-image variance over views,
-and the few largest responses with their image ids. The whole is the merge of its folds, so folds merge to it bit for
-bit. Per class the same moments and the largest response are kept as *rows*: in memory, in one file per class, or (for
-huge models) only as a summary from which the class-level scores can still be told.
+The images are dealt to folds. Each fold keeps the number of its images, the mean and the sum of squared deviations of
+their responses (joined by Chan's formula), the mean variance over the views of an image, and the few largest responses
+with the ids of their images. The statistics of all images are those of the folds merged, so that merging the folds
+gives them again bit for bit. For every class the same moments and the largest response are kept as a row: in memory, in
+one file for each class, or, for huge models, only as a summary from which the class-level scores can still be told.
 """
 
 from fastmem.stats.builder import StatsBuilder

@@ -1,10 +1,14 @@
-"""The running sums behind the statistics: pure values with zero, update and merge.
+"""The running sums behind the statistics of unit responses.
+
+Each kind starts empty with ``zero``, takes more data with ``update`` and joins two sums with ``merge``. These leave the
+old value as it was and return a new one; only ``Fold.update_by`` works in place.
 
 Source of the scores: arXiv 2409.19069 (UnitMem), arXiv 2509.00488 (UnitMem of image autoregressive models).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -13,13 +17,23 @@ from torch import Tensor
 from fastmem.backends.select import UnitUpdate
 
 LARGEST = 4
+# the names of their tensors in files
+ROW_TENSORS = ("mean", "m2", "largest", "image")
+SUMMARY_TENSORS = ("total", "largest", "within", "within_image")
+FOLD_TENSORS = ("mean", "m2", "view", "top_value", "top_image")
+
 Shape = tuple[int, int, int]
 
 
 def contrast(largest: Tensor, total: Tensor, count: int) -> Tensor:
-    """(max - rest) / (max + rest), rest being the mean of all but the largest: float64, in [0,1].
+    """How far the largest of some values stands out: (largest - rest) / (largest + rest), float64 in [0,1].
 
-    largest: the largest of ``count`` values; total: their sum. 0 where both are 0, and where there is no rest.
+    ``rest`` is the mean of all values but the largest. The result is 0 where both are 0 and where ``count`` is below 2.
+
+    Args:
+        largest: the largest value, any floating dtype and shape, not negative.
+        total: the sum of all values, of the same shape.
+        count: how many values there are.
     """
     largest, total = largest.double(), total.double()
     if count < 2:
@@ -31,7 +45,13 @@ def contrast(largest: Tensor, total: Tensor, count: int) -> Tensor:
 
 @dataclass
 class Moments:
-    """Count, mean and sum of squared deviations (m2) of responses; tensors float64 [layers,segments,units]."""
+    """How many images were seen, with the mean and the spread of their responses.
+
+    Attributes:
+        count: number of images.
+        mean: mean response, float64 [layers,segments,units].
+        m2: sum of squared deviations from the mean, float64 [layers,segments,units].
+    """
 
     count: int
     mean: Tensor
@@ -39,17 +59,18 @@ class Moments:
 
     @classmethod
     def zero(cls, shape: Shape, device: torch.device | str = "cpu") -> Moments:
+        """The moments of no images."""
         return cls(0, *(torch.zeros(shape, dtype=torch.float64, device=device) for _ in range(2)))
 
     @classmethod
     def of(cls, responses: Tensor) -> Moments:
-        """Moments of one batch of responses float32 [n,layers,segments,units]."""
+        """The moments of one batch of responses, float32 [n,layers,segments,units]."""
         values = responses.double()
         mean = values.mean(0)
         return cls(len(values), mean, (values - mean).square_().sum(0))
 
     def merge(self, other: Moments) -> Moments:
-        """Chan's merge: the moments of both sets together."""
+        """The moments of two sets of images together, by Chan's formula for merging them."""
         if not other.count:
             return self
         if not self.count:
@@ -62,15 +83,23 @@ class Moments:
 
     @property
     def variance(self) -> Tensor:
-        """Population variance."""
+        """Population variance of the responses, float64 [layers,segments,units]; 0 without images."""
         return self.m2 / max(1, self.count)
+
+    def to(self, device: torch.device | str) -> Moments:
+        """The same moments with their tensors on ``device``."""
+        return Moments(self.count, self.mean.to(device), self.m2.to(device))
 
 
 @dataclass
 class Largest:
-    """The k largest responses of every unit and their image ids, [layers,segments,units,k], best first.
+    """The k largest responses of every unit, and which images gave them.
 
-    Among equal responses the smallest image id stands first. Empty places hold -inf and -1.
+    The largest stands first; among equal responses the smallest image id does.
+
+    Attributes:
+        value: responses, float32 [layers,segments,units,k]; an empty place holds -inf.
+        image: ids of the images they belong to, int64 [layers,segments,units,k]; an empty place holds -1.
     """
 
     value: Tensor
@@ -78,18 +107,24 @@ class Largest:
 
     @classmethod
     def zero(cls, shape: Shape, k: int = LARGEST, device: torch.device | str = "cpu") -> Largest:
+        """``k`` empty places for every unit."""
         return cls(
             torch.full((*shape, k), -torch.inf, dtype=torch.float32, device=device),
             torch.full((*shape, k), -1, dtype=torch.int64, device=device),
         )
 
     def update(self, responses: Tensor, image_ids: Tensor) -> Largest:
-        """With the responses float32 [n,layers,segments,units] of the images int64 [n]."""
+        """The largest responses after one more batch.
+
+        Args:
+            responses: float32 [n,layers,segments,units].
+            image_ids: int64 [n].
+        """
         values = responses.movedim(0, -1)
         return self.merge(Largest(values, image_ids.to(values.device).expand(values.shape)))
 
     def merge(self, other: Largest) -> Largest:
-        """The k largest of both."""
+        """The k largest responses of two sets of images together."""
         value = torch.cat([self.value, other.value], -1)
         image = torch.cat([self.image, other.image], -1)
         # two stable sorts order by value, then by id
@@ -101,9 +136,13 @@ class Largest:
 
 @dataclass
 class ClassRow:
-    """One class's moments and its largest response: float32 with the image id int64, [layers,segments,units].
+    """What is kept of the images of one class.
 
-    Without an image the response is 0 and the id -1; among equal responses the smallest id counts.
+    Attributes:
+        moments: count, mean and spread of the responses.
+        largest: largest response, float32 [layers,segments,units]; 0 without images.
+        image: id of the image that gave it, int64 [layers,segments,units]; the smallest id among equal responses, -1
+            without images.
     """
 
     moments: Moments
@@ -112,25 +151,41 @@ class ClassRow:
 
     @classmethod
     def zero(cls, shape: Shape, device: torch.device | str = "cpu") -> ClassRow:
+        """The row of a class without images."""
         largest = torch.zeros(shape, dtype=torch.float32, device=device)
         return cls(Moments.zero(shape, device), largest, torch.full(shape, -1, dtype=torch.int64, device=device))
 
     def merge(self, other: ClassRow) -> ClassRow:
+        """The row of two sets of images of one class together."""
         largest, image = _larger(self.largest, self.image, other.largest, other.image)
         return ClassRow(self.moments.merge(other.moments), largest, image)
 
     def to(self, device: torch.device | str) -> ClassRow:
-        m = self.moments
-        moments = Moments(m.count, m.mean.to(device), m.m2.to(device))
-        return ClassRow(moments, self.largest.to(device), self.image.to(device))
+        """The same row with its tensors on ``device``."""
+        return ClassRow(self.moments.to(device), self.largest.to(device), self.image.to(device))
+
+    def to_tensors(self, prefix: str = "") -> dict[str, Tensor]:
+        """The tensors of the row for a file, named with ``prefix`` in front; the count is not among them."""
+        values = (self.moments.mean, self.moments.m2, self.largest, self.image)
+        return {prefix + name: value for name, value in zip(ROW_TENSORS, values, strict=True)}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], count: int, prefix: str = "") -> ClassRow:
+        """The row of ``count`` images from the tensors that ``to_tensors`` gave under the same ``prefix``."""
+        mean, m2, largest, image = (tensors[prefix + name] for name in ROW_TENSORS)
+        return cls(Moments(count, mean, m2), largest, image)
 
 
 @dataclass
 class ClassSummary:
-    """What the class-level scores need of the classes seen whole, each tensor [layers,segments,units].
+    """What the class-level scores need to know of the classes whose images have all been seen.
 
-    count: classes; total, largest: sum and largest of the class means, float64; within: largest within-class UnitMem,
-    float64; within_image: id of the image it belongs to, int64, -1 without a class.
+    Attributes:
+        count: number of classes.
+        total: sum of the mean responses of the classes, float64 [layers,segments,units].
+        largest: largest of these means, float64 [layers,segments,units].
+        within: largest UnitMem among the images of one class, float64 [layers,segments,units].
+        within_image: id of the image it belongs to, int64 [layers,segments,units]; -1 without classes.
     """
 
     count: int
@@ -141,11 +196,12 @@ class ClassSummary:
 
     @classmethod
     def zero(cls, shape: Shape, device: torch.device | str = "cpu") -> ClassSummary:
+        """The summary of no classes."""
         zeros = (torch.zeros(shape, dtype=torch.float64, device=device) for _ in range(3))
         return cls(0, *zeros, torch.full(shape, -1, dtype=torch.int64, device=device))
 
     def update(self, row: ClassRow) -> ClassSummary:
-        """With a class that is complete; a class without images changes nothing."""
+        """The summary after one more class, given the row of all its images; a class without images is left out."""
         m = row.moments
         if not m.count:
             return self
@@ -153,7 +209,7 @@ class ClassSummary:
         return self.merge(ClassSummary(1, m.mean, m.mean, within, row.image))
 
     def merge(self, other: ClassSummary) -> ClassSummary:
-        """Of two sets of *different* classes."""
+        """The summary of two sets of classes together, which must have no class in common."""
         return ClassSummary(
             self.count + other.count,
             self.total + other.total,
@@ -161,9 +217,22 @@ class ClassSummary:
             *_larger(self.within, self.within_image, other.within, other.within_image),
         )
 
+    def to(self, device: torch.device | str) -> ClassSummary:
+        """The same summary with its tensors on ``device``."""
+        return ClassSummary(self.count, *(tensor.to(device) for tensor in self.to_tensors().values()))
+
+    def to_tensors(self, prefix: str = "") -> dict[str, Tensor]:
+        """The tensors of the summary for a file, named with ``prefix`` in front; the count is not among them."""
+        return {prefix + name: getattr(self, name) for name in SUMMARY_TENSORS}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], count: int, prefix: str = "") -> ClassSummary:
+        """The summary of ``count`` classes from the tensors that ``to_tensors`` gave under the same ``prefix``."""
+        return cls(count, *(tensors[prefix + name] for name in SUMMARY_TENSORS))
+
 
 def _larger(value: Tensor, image: Tensor, other: Tensor, other_image: Tensor) -> tuple[Tensor, Tensor]:
-    """Elementwise the larger value with its image id; among equal values the smallest id, -1 being none."""
+    """The larger of two values at each place, with its image id; of equal values the smaller id, where -1 is none."""
     sooner = (other_image >= 0) & ((image < 0) | (other_image < image))
     theirs = (other > value) | ((other == value) & sooner)
     return torch.where(theirs, other, value), torch.where(theirs, other_image, image)
@@ -171,7 +240,13 @@ def _larger(value: Tensor, image: Tensor, other: Tensor, other_image: Tensor) ->
 
 @dataclass
 class Fold:
-    """Running state of the images of one fold: moments, sum of within-image variances over views, largest responses."""
+    """What is kept of one part of the images.
+
+    Attributes:
+        moments: count, mean and spread of the responses of the images, each being the mean over its views.
+        view_total: sum over the images of the variance over an image's views, float64 [layers,segments,units].
+        largest: the largest responses and their images.
+    """
 
     moments: Moments
     view_total: Tensor
@@ -179,11 +254,17 @@ class Fold:
 
     @classmethod
     def zero(cls, shape: Shape, k: int = LARGEST, device: torch.device | str = "cpu") -> Fold:
+        """The state before any image, which will keep the ``k`` largest responses."""
         view_total = torch.zeros(shape, dtype=torch.float64, device=device)
         return cls(Moments.zero(shape, device), view_total, Largest.zero(shape, k, device))
 
     def update(self, responses: Tensor, image_ids: Tensor) -> Fold:
-        """With the responses float32 [n,views,layers,segments,units] of the images int64 [n]."""
+        """The state after one more batch.
+
+        Args:
+            responses: float32 [n,views,layers,segments,units].
+            image_ids: int64 [n].
+        """
         per_view = responses.double()
         # rounded once: every statistic sees the same float32 response of an image
         per_image = per_view.mean(1).float()
@@ -195,7 +276,13 @@ class Fold:
         )
 
     def update_by(self, kernel: UnitUpdate | None, responses: Tensor, image_ids: Tensor) -> Fold:
-        """As ``update``, by a backend's kernel that works in place on this fold's own tensors; None runs ``update``."""
+        """The state after one more batch, taken by a backend's faster code, which changes this fold's own tensors.
+
+        Args:
+            kernel: the backend's code; None does what ``update`` does.
+            responses: float32 [n,views,layers,segments,units].
+            image_ids: int64 [n].
+        """
         if kernel is None:
             return self.update(responses, image_ids)
         m, top = self.moments, self.largest
@@ -205,6 +292,7 @@ class Fold:
         return self
 
     def merge(self, other: Fold) -> Fold:
+        """The state of two sets of images together, which must have no image in common."""
         return Fold(
             self.moments.merge(other.moments),
             self.view_total + other.view_total,
@@ -212,5 +300,21 @@ class Fold:
         )
 
     def to_row(self) -> ClassRow:
-        """The class row of a fold whose images are all of one class."""
+        """The class row of these images, which must all be of one class."""
         return ClassRow(self.moments, self.largest.value[..., 0].clamp_min(0), self.largest.image[..., 0])
+
+    def to(self, device: torch.device | str) -> Fold:
+        """The same state with its tensors on ``device``."""
+        largest = Largest(self.largest.value.to(device), self.largest.image.to(device))
+        return Fold(self.moments.to(device), self.view_total.to(device), largest)
+
+    def to_tensors(self, prefix: str = "") -> dict[str, Tensor]:
+        """The tensors of the state for a file, named with ``prefix`` in front; the count is not among them."""
+        values = (self.moments.mean, self.moments.m2, self.view_total, self.largest.value, self.largest.image)
+        return {prefix + name: value for name, value in zip(FOLD_TENSORS, values, strict=True)}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], count: int, prefix: str = "") -> Fold:
+        """The state of ``count`` images from the tensors that ``to_tensors`` gave under the same ``prefix``."""
+        mean, m2, view_total, value, image = (tensors[prefix + name] for name in FOLD_TENSORS)
+        return cls(Moments(count, mean, m2), view_total, Largest(value, image))

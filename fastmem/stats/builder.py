@@ -1,4 +1,4 @@
-"""Folding finished work units into statistics, in order, with only one class live."""
+"""Statistics built from work units: pieces of one class each, which come one after the other."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import torch
 from torch import Tensor
 
 from fastmem.data.manifest import FOLDS
-from fastmem.stats.accumulators import LARGEST, ClassRow, ClassSummary, Fold, Moments, Shape
-from fastmem.stats.statistics import ClassRows, UnitStats, merge_folds
-from fastmem.stats.storage import SUMMARY_TENSORS, fold_from_tensors, fold_tensors, read_row, write_rows
+from fastmem.stats.accumulators import LARGEST, ClassRow, ClassSummary, Fold, Shape
+from fastmem.stats.class_rows import ClassRows, write_rows
+from fastmem.stats.statistics import UnitStats, merge_folds
 
 
 class StatsBuilder:
-    """Folds finished work units, in order, into statistics: ``update`` with each, ``finish`` at the end.
+    """Builds statistics from finished work units: ``update`` takes each of them, ``finish`` gives the statistics.
 
-    Only the open class's rows are live; a class is closed when a unit of another one comes. row_folder: where closed
-    rows go as files; None keeps them in memory. keep_rows: False keeps only their summary.
+    The work units of one class have to come one after the other: when one of another class comes, the class before is
+    closed, and its row is written away or kept.
     """
 
     def __init__(
@@ -34,6 +34,17 @@ class StatsBuilder:
         k: int = LARGEST,
         device: torch.device | str = "cpu",
     ) -> None:
+        """Start without images.
+
+        Args:
+            shape: the numbers of layers, of segments and of units in a layer.
+            segments: names of the parts of the token sequence that responses are means over.
+            class_only: those of ``segments`` whose responses depend on an image's class alone.
+            keep_rows: whether a row is kept for every class; without rows only their summary is.
+            rows_in: the folder that the rows of closed classes are written into; None keeps them in memory.
+            k: how many of the largest responses of every unit are kept.
+            device: where the sums are kept and the responses come from.
+        """
         self.shape, self.device, self.k = shape, device, k
         self.segments, self.class_only = tuple(segments), tuple(class_only)
         self.keep_rows, self.rows_in = keep_rows, rows_in
@@ -46,11 +57,18 @@ class StatsBuilder:
         self.memory_rows: dict[int, list[ClassRow]] = {}
 
     def zero_unit(self) -> list[Fold]:
-        """An empty work unit's result: one fold each."""
+        """The result of a work unit without images, to be updated with its images: the sums of every fold."""
         return [Fold.zero(self.shape, self.k, self.device) for _ in range(FOLDS)]
 
     def update(self, label: int, unit: Sequence[Fold]) -> None:
-        """With the folds of a finished work unit, whose images are all of class ``label``."""
+        """Take in a finished work unit.
+
+        Args:
+            label: the class of all its images.
+            unit: its sums, for every fold.
+
+        Raises: UsageError where the rows of the class before cannot be written.
+        """
         if label != self.open_label:
             self._close_class()
             self.open_label = label
@@ -61,24 +79,27 @@ class StatsBuilder:
                 self.open_rows[i] = self.open_rows[i].merge(part.to_row())
 
     def finish(self, origin: Mapping[str, Any] | None = None) -> UnitStats:
-        """The statistics of everything so far; ``origin`` says what was scored."""
+        """Close the open class and give the statistics of all images so far, on the CPU.
+
+        ``origin`` says what was scored, as JSON values by name.
+        """
         self._close_class()
         folds = []
         for i, fold in enumerate(self.folds):
             counts = dict(self.class_counts[i])
-            read = partial(read_row, self.rows_in, i) if self.rows_in else partial(self._read_memory, i)
-            rows = ClassRows(counts, read, self.rows_in) if self.keep_rows else None
-            fold = fold_from_tensors(fold_tensors(fold, ""), "", fold.moments.count)
+            rows = self._rows(counts, i) if self.keep_rows else None
+            summary = self.summaries[i + 1].to("cpu")
             folds.append(
-                UnitStats(fold, self.segments, self.class_only, counts, rows, self._summary_cpu(i + 1), (), origin)
+                UnitStats(fold.to("cpu"), self.segments, self.class_only, counts, rows, summary, origin=origin)
             )
         whole = merge_folds(folds)
         rows = whole.rows and replace(whole.rows, folder=self.rows_in)
-        return replace(whole, known_summary=self._summary_cpu(0), rows=rows)
+        return replace(whole, known_summary=self.summaries[0].to("cpu"), rows=rows)
 
-    def _summary_cpu(self, i: int) -> ClassSummary:
-        s = self.summaries[i]
-        return ClassSummary(s.count, *(getattr(s, key).cpu() for key in SUMMARY_TENSORS))
+    def _rows(self, counts: Mapping[int, int], fold: int) -> ClassRows:
+        if self.rows_in is not None:
+            return ClassRows.of_files(counts, self.rows_in, fold)
+        return ClassRows(counts, partial(self._read_memory, fold))
 
     def _read_memory(self, fold: int, label: int) -> ClassRow:
         return self.memory_rows[label][fold]
@@ -100,16 +121,18 @@ class StatsBuilder:
         self.open_label, self.open_rows = None, []
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and header from which ``restore`` goes on; rows must be kept in files or not at all."""
+        """Tensors by name and JSON values from which another builder can go on with ``restore``.
+
+        They do not hold the rows of closed classes, which must be kept in files or not at all.
+        """
         tensors = {}
         for i, fold in enumerate(self.folds):
-            tensors |= fold_tensors(fold, f"fold{i}")
+            tensors |= fold.to_tensors(f"fold{i}.")
         for i, summary in enumerate(self.summaries):
-            tensors |= {f"summary{i}.{key}": getattr(summary, key) for key in SUMMARY_TENSORS}
+            tensors |= summary.to_tensors(f"summary{i}.")
         for i, row in enumerate(self.open_rows):
             # the first unit of a class is shared with its fold, and a file may hold no tensor twice
-            parts = {"mean": row.moments.mean, "m2": row.moments.m2, "largest": row.largest, "image": row.image}
-            tensors |= {f"open{i}.{key}": value.clone() for key, value in parts.items()}
+            tensors |= {name: tensor.clone() for name, tensor in row.to_tensors(f"open{i}.").items()}
         header = {
             "counts": [fold.moments.count for fold in self.folds],
             "summary_counts": [summary.count for summary in self.summaries],
@@ -120,18 +143,16 @@ class StatsBuilder:
         return tensors, header
 
     def restore(self, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
-        """Continue from what ``state`` gave."""
-        self.folds = [fold_from_tensors(tensors, f"fold{i}", n, self.device) for i, n in enumerate(header["counts"])]
+        """Go on from the tensors and the JSON values that ``state`` of a builder with equal settings gave."""
+        self.folds = [
+            Fold.from_tensors(tensors, n, f"fold{i}.").to(self.device) for i, n in enumerate(header["counts"])
+        ]
         self.summaries = [
-            ClassSummary(n, *(tensors[f"summary{i}.{key}"].to(self.device) for key in SUMMARY_TENSORS))
+            ClassSummary.from_tensors(tensors, n, f"summary{i}.").to(self.device)
             for i, n in enumerate(header["summary_counts"])
         ]
         self.class_counts = [{int(k): v for k, v in counts.items()} for counts in header["class_counts"]]
         self.open_label = header["open_label"]
         self.open_rows = [
-            ClassRow(
-                Moments(n, *(tensors[f"open{i}.{key}"] for key in ("mean", "m2"))),
-                *(tensors[f"open{i}.{key}"] for key in ("largest", "image")),
-            ).to(self.device)
-            for i, n in enumerate(header["open_counts"])
+            ClassRow.from_tensors(tensors, n, f"open{i}.").to(self.device) for i, n in enumerate(header["open_counts"])
         ]

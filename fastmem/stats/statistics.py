@@ -1,9 +1,9 @@
-"""What the pass over the images leaves: statistics of every unit, saved, loaded and merged."""
+"""Statistics of every unit over a set of images: the scores made of them, and how they are saved, loaded and merged."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
@@ -13,46 +13,32 @@ import torch
 from torch import Tensor
 
 from fastmem.errors import UsageError
-from fastmem.stats import storage
+from fastmem.files import read_tensors, write_tensors
 from fastmem.stats.accumulators import ClassRow, ClassSummary, Fold, Shape, contrast
+from fastmem.stats.class_rows import ClassRows, row_folder, write_rows
 
+SCHEMA = "fastmem.unit-stats/2"
+# tensors of the matched set have names that begin with this
+MATCHED = "matched."
 # what two sets of statistics must agree on before they merge
 MUST_MATCH = ("model", "checkpoint", "tokenizer", "views", "activation")
 
 
-@dataclass(frozen=True)
-class ClassRows:
-    """Class rows of one set of images: ``counts`` maps each class to its images, ``read`` gives a class's row.
-
-    folder: where the rows lie as files, None for rows in memory.
-    """
-
-    counts: Mapping[int, int]
-    read: Callable[[int], ClassRow]
-    folder: Path | None = None
-
-    def __iter__(self) -> Iterator[ClassRow]:
-        return (self.read(label) for label in sorted(self.counts))
-
-    def merge(self, other: ClassRows) -> ClassRows:
-        """Rows of both; a class on both sides is merged when it is read."""
-        sides = (self, other)
-
-        def read(label: int) -> ClassRow:
-            return reduce(ClassRow.merge, [side.read(label) for side in sides if label in side.counts])
-
-        return ClassRows(Counter(self.counts) + Counter(other.counts), read)
-
-
 @dataclass(frozen=True, eq=False)
 class UnitStats:
-    """Statistics of every unit over a set of images; the properties say what can be asked.
+    """Statistics of every unit over a set of images; its properties and methods give the numbers.
 
-    fold: the running state over all images; segments, class_only: names; class_counts: images of each class; rows:
-    class rows, None where they were too large to keep; known_summary: None where it has to be told from the rows;
-    parts: statistics of disjoint sets of the images (the folds), empty for a single fold; origin: what was scored;
-    matched: statistics of those of the images that have the held-out set's size, classes and folds, None where there
-    was no held-out set or all images are among them.
+    Attributes:
+        fold: the sums over all images.
+        segments: names of the parts of the token sequence that responses are means over.
+        class_only: those of ``segments`` whose responses depend on an image's class alone.
+        class_counts: number of images of each class, by its label.
+        rows: what is kept of every class; None where that was too large to keep.
+        known_summary: what the class-level scores need; None where it has to be made from ``rows``.
+        parts: statistics of the folds, which share no image; empty for statistics of a single fold.
+        origin: what was scored: JSON values by name, such as the model's; None where nobody said.
+        matched: statistics of as many of the images as the held-out set has, of the same classes and folds; None
+            where there was no held-out set or where they are all of the images.
     """
 
     fold: Fold
@@ -67,94 +53,110 @@ class UnitStats:
 
     @property
     def count(self) -> int:
-        """Images."""
+        """How many images the statistics are of."""
         return self.fold.moments.count
 
     @property
     def k(self) -> int:
-        """How many of the largest responses are kept."""
+        """How many of the largest responses of a unit are kept."""
         return self.fold.largest.value.shape[-1]
 
     @property
     def shape(self) -> Shape:
-        """(layers, segments, units)."""
+        """The numbers of layers, of segments and of units in a layer."""
         return tuple(self.fold.view_total.shape)
 
     @property
     def mean(self) -> Tensor:
-        """Mean response over images, float64 [layers,segments,units]."""
+        """Mean response over the images, float64 [layers,segments,units]."""
         return self.fold.moments.mean
 
     @property
     def var(self) -> Tensor:
-        """Population variance over images of the response (after the view mean), float64 [layers,segments,units]."""
+        """Population variance over the images of a response that is the mean over an image's views.
+
+        float64 [layers,segments,units].
+        """
         return self.fold.moments.variance
 
     @property
     def view_var(self) -> Tensor:
-        """Mean over images of the population variance over an image's views, float64 [layers,segments,units]."""
+        """Population variance over the views of an image, the mean over the images, float64 [layers,segments,units]."""
         return self.fold.view_total / max(1, self.count)
 
     @property
     def top_value(self) -> Tensor:
-        """Largest responses, best first, float32 [layers,segments,units,k]; empty places hold -inf."""
+        """The largest responses, the very largest first, float32 [layers,segments,units,k]; empty places hold -inf."""
         return self.fold.largest.value
 
     @property
     def top_image(self) -> Tensor:
-        """Image ids of ``top_value``, int64 [layers,segments,units,k]; empty places hold -1."""
+        """Ids of the images that gave the largest responses, int64 [layers,segments,units,k]; empty places hold -1."""
         return self.fold.largest.image
 
     @property
     def class_ids(self) -> Tensor:
-        """Labels of the classes with images, ascending, int64 [C]."""
+        """Labels of the classes that have images, ascending, int64 [C]."""
         return torch.tensor(sorted(self.class_counts), dtype=torch.int64)
 
     @property
     def class_count(self) -> Tensor:
-        """Images of each class of ``class_ids``, int64 [C]."""
+        """How many images each class has, in the order of ``class_ids``, int64 [C]."""
         return torch.tensor([self.class_counts[label] for label in sorted(self.class_counts)], dtype=torch.int64)
 
     @property
     def class_mean(self) -> Tensor:
-        """Mean response per class, float64 [C,layers,segments,units]. Raises: UsageError without class rows."""
+        """Mean response of each class, in the order of ``class_ids``, float64 [C,layers,segments,units].
+
+        Raises: UsageError without class rows.
+        """
         return torch.stack([row.moments.mean for row in self._kept_rows()])
 
     @property
     def class_var(self) -> Tensor:
-        """Population variance per class, float64 [C,layers,segments,units]. Raises: UsageError without class rows."""
+        """Population variance within each class, in the order of ``class_ids``, float64 [C,layers,segments,units].
+
+        Raises: UsageError without class rows.
+        """
         return torch.stack([row.moments.variance for row in self._kept_rows()])
 
     @property
     def folds(self) -> tuple[UnitStats, ...]:
-        """Statistics of disjoint, class-stratified sets of the images that merge to this one bit for bit."""
+        """Statistics of the folds, which share no image, have alike shares of every class and merge to these."""
         return self.parts or (self,)
 
     def unitmem(self) -> Tensor:
-        """UnitMem = (mu_max - mu_rest) / (mu_max + mu_rest) of every unit, float64 [layers,segments,units] in [0,1].
+        """How strongly a unit answers to one image alone, float64 [layers,segments,units] in [0,1].
 
-        mu_max is the largest response of an image, mu_rest the mean response of all other images.
+        UnitMem = (mu_max - mu_rest) / (mu_max + mu_rest), where mu_max is the largest response of an image and mu_rest
+        the mean response of all other images.
 
         Source: arXiv 2409.19069, with the mean in place of the median, which does not stream.
         """
         return contrast(self.top_value[..., 0].clamp_min(0), self.mean * self.count, self.count)
 
     def within_class_unitmem(self) -> Tensor:
-        """Largest over the classes of UnitMem among one class's images, float64 [layers,segments,units] in [0,1].
+        """UnitMem among the images of one class, of the class where it is largest.
+
+        float64 [layers,segments,units] in [0,1].
 
         Raises: UsageError where neither class rows nor their summary were kept.
         """
         return self._summary().within
 
     def within_class_image(self) -> Tensor:
-        """Id of the image that ``within_class_unitmem`` belongs to, int64 [layers,segments,units]; -1 without images.
+        """Id of the image that stands out in ``within_class_unitmem``.
+
+        int64 [layers,segments,units]; -1 without images.
 
         Raises: UsageError where neither class rows nor their summary were kept.
         """
         return self._summary().within_image
 
     def class_selectivity(self) -> Tensor:
-        """UnitMem's formula over class means in place of images, float64 [layers,segments,units] in [0,1].
+        """How strongly a unit answers to one class alone, float64 [layers,segments,units] in [0,1].
+
+        It is UnitMem's formula over the mean responses of classes in place of the responses of images.
 
         Raises: UsageError where neither class rows nor their summary were kept.
         """
@@ -162,7 +164,10 @@ class UnitStats:
         return contrast(summary.largest, summary.total, summary.count)
 
     def merge(self, other: UnitStats) -> UnitStats:
-        """Statistics of two disjoint sets of images together: exact for counts, maxima and ids.
+        """The statistics of two sets of images together, which must have no image in common.
+
+        Counts, largest responses and image ids are those of one pass over all images; means and variances are equal to
+        rounding.
 
         Raises: UsageError for statistics of other units, segments or settings.
         """
@@ -183,16 +188,40 @@ class UnitStats:
         return replace(whole, known_summary=self._merge_summaries(other), matched=matched)
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file, and the class rows into a folder NAME.classes beside it.
+        """Write the statistics to a safetensors file, and their class rows into the folder NAME.classes beside it.
 
         Raises: UsageError where the place cannot be written.
         """
-        storage.write(self, Path(path))
+        path = Path(path)
+        folder = row_folder(path)
+        if self.rows is not None and self.rows.folder != folder:
+            for label in sorted(self.class_counts):
+                write_rows(folder, label, [_row_or_zero(fold, label) for fold in self.folds])
+        tensors, header = _pack(self, "")
+        if self.matched is not None:
+            more, header["matched"] = _pack(self.matched, MATCHED)
+            tensors |= more
+        header |= {
+            "segments": self.segments,
+            "class_only": self.class_only,
+            "class_rows": self.rows is not None,
+            "origin": dict(self.origin or {}),
+        }
+        write_tensors(path, tensors, SCHEMA, header)
 
     @staticmethod
     def load(path: str | Path) -> UnitStats:
-        """Statistics from a file that ``save`` wrote. Raises: InputFileError for a missing, damaged or foreign file."""
-        return storage.read(Path(path))
+        """Read the statistics from a file that ``save`` wrote.
+
+        Raises: InputFileError for a missing, damaged or foreign file.
+        """
+        path = Path(path)
+        tensors, header = read_tensors(path, SCHEMA)
+        common = {key: header[key] for key in ("segments", "class_only", "origin")}
+        stats = _unpack(tensors, header | common, "", row_folder(path) if header["class_rows"] else None)
+        if "matched" not in header:
+            return stats
+        return replace(stats, matched=_unpack(tensors, header["matched"] | common, MATCHED, None))
 
     def _merge_flat(self, other: UnitStats) -> UnitStats:
         return UnitStats(
@@ -225,5 +254,58 @@ class UnitStats:
 
 
 def merge_folds(folds: Sequence[UnitStats]) -> UnitStats:
-    """The whole, with ``folds`` as its folds."""
+    """The statistics of all images, given those of the folds, which they keep."""
     return replace(reduce(UnitStats._merge_flat, folds), parts=tuple(folds))
+
+
+def _row_or_zero(stats: UnitStats, label: int) -> ClassRow:
+    return stats.rows.read(label) if label in stats.class_counts else ClassRow.zero(stats.shape)
+
+
+def _pack(stats: UnitStats, prefix: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors, under names that begin with ``prefix``, and header of statistics and their folds, for a file."""
+    tensors, summaries = {}, []
+    for name, part in (("whole", stats), *((f"fold{i}", fold) for i, fold in enumerate(stats.folds))):
+        summary = part.known_summary
+        summaries.append(summary and summary.count)
+        if summary is not None:
+            tensors |= summary.to_tensors(f"{prefix}{name}.classes.")
+    for i, fold in enumerate(stats.folds):
+        tensors |= fold.fold.to_tensors(f"{prefix}fold{i}.")
+    header = {
+        "counts": [fold.count for fold in stats.folds],
+        "class_counts": [{str(k): v for k, v in fold.class_counts.items()} for fold in stats.folds],
+        "summaries": summaries,
+    }
+    # a single fold is its own whole, and a file may hold no tensor twice
+    return {name: tensor.clone() for name, tensor in tensors.items()}, header
+
+
+def _unpack(tensors: Mapping[str, Tensor], header: Mapping[str, Any], prefix: str, rows: Path | None) -> UnitStats:
+    """The statistics that ``_pack`` took apart, with their class rows in the folder ``rows``."""
+
+    def summary(name: str, count: int | None) -> ClassSummary | None:
+        return None if count is None else ClassSummary.from_tensors(tensors, count, f"{prefix}{name}.classes.")
+
+    folds = []
+    for i, count in enumerate(header["counts"]):
+        class_counts = {int(k): v for k, v in header["class_counts"][i].items()}
+        folds.append(
+            UnitStats(
+                Fold.from_tensors(tensors, count, f"{prefix}fold{i}."),
+                tuple(header["segments"]),
+                tuple(header["class_only"]),
+                class_counts,
+                rows and ClassRows.of_files(class_counts, rows, i),
+                summary(f"fold{i}", header["summaries"][i + 1]),
+                origin=header["origin"],
+            )
+        )
+    if len(folds) == 1:
+        return folds[0]
+    whole = merge_folds(folds)
+    return replace(
+        whole,
+        known_summary=summary("whole", header["summaries"][0]),
+        rows=whole.rows and replace(whole.rows, folder=rows),
+    )

@@ -16,8 +16,7 @@ from fastmem.sweep.bootstrap import (
     paired_bootstrap,
 )
 from fastmem.sweep.plan import NO_EDIT
-from fastmem.sweep.table import Measured, unedited_cost
-from fastmem.sweep.targets import TargetSet
+from fastmem.sweep.table import Measured, TargetSet, unedited_cost
 
 # whom every selection is compared with, at the same fraction and factor; matched units are matched with UnitMem's
 RIVALS = ("random", "matched", "lowest", "unitmem")

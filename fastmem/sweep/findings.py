@@ -9,13 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from fastmem.files import write_atomically
+from fastmem.files import write_table
 from fastmem.quality.losses import HELDOUT, TEMPERED
 from fastmem.sweep.comparisons import Comparison, compare_all, sides_of
-from fastmem.sweep.pareto import pareto_front
 from fastmem.sweep.plan import Row
-from fastmem.sweep.table import Measured, mean_of
-from fastmem.sweep.targets import TargetSet
+from fastmem.sweep.table import Measured, TargetSet, mean_of
 
 # metrics that rise as quality falls, best first; one needs samples
 SAMPLED_COST = "kd-sscd"
@@ -84,20 +82,30 @@ def find(measured: Sequence[Measured], targets: TargetSet, cost: str) -> Finding
     return Findings(tuple(measured), targets, cost, tuple(comparisons), tuple(firsts[i] for i in front))
 
 
-def write_table(path: Path, findings: Findings) -> None:
+def pareto_front(extracted: Sequence[float], costs: Sequence[float]) -> list[int]:
+    """Indices of the rows that no other equals or beats in both numbers, and beats in one; cheapest first.
+
+    Of rows that are equal in both the first stands for all.
+    """
+    front: list[int] = []
+    for i in sorted(range(len(costs)), key=lambda i: (costs[i], extracted[i], i)):
+        if not front or extracted[i] < extracted[front[-1]]:
+            front.append(i)
+    return front
+
+
+def write_sweep_table(path: Path, findings: Findings) -> None:
     """One parquet row for every row of the table, objects as columns of their own.
 
     Raises: UsageError where the place cannot be written.
     """
     import pyarrow
-    from pyarrow import parquet
 
     flat = []
     for i, record in enumerate(findings.rows()):
         nested = {name: record.pop(name) for name in ("by_prefix", "by_group", "metrics")}
         flat.append(record | {"pareto": i in findings.pareto} | _columns(nested))
-    table = pyarrow.Table.from_pylist(_same_keys(flat))
-    write_atomically(path, lambda partial: parquet.write_table(table, partial))
+    write_table(path, pyarrow.Table.from_pylist(_same_keys(flat)))
 
 
 def _columns(nested: dict[str, dict[str, Any]]) -> dict[str, Any]:

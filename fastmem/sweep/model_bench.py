@@ -18,11 +18,11 @@ from fastmem.mitigation.attribution import BATCH_IMAGES, attribution_from_tokens
 from fastmem.mitigation.edit_file import EditPlan
 from fastmem.mitigation.scaling import scale_units
 from fastmem.models.model import Model
-from fastmem.quality.losses import TrueImages
 from fastmem.ranking.selection import Selection, select
 from fastmem.stats import UnitStats
 from fastmem.sweep.plan import ATTRIBUTION, NO_EDIT, Row
 from fastmem.sweep.table import RowUnavailable
+from fastmem.tokens.true_images import TrueImages
 
 
 class UnitChooser:

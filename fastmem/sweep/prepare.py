@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,16 +15,19 @@ from fastmem.errors import UsageError
 from fastmem.extraction.attack import BATCH_ROWS, attack
 from fastmem.extraction.candidates import TOP_PER_CLASS, Targets, find_targets, highest_per_class
 from fastmem.extraction.verdicts import Judge
-from fastmem.mitigation.attribution import BATCH_IMAGES, HELDOUT_IMAGES, halves, spread
+from fastmem.mitigation.attribution import BATCH_IMAGES, HELDOUT_IMAGES, halves
 from fastmem.models.model import Model
 from fastmem.quality.evaluate import measure
 from fastmem.quality.features import FeatureExtractor
-from fastmem.quality.losses import TrueImages, mean_losses, read_true_images
+from fastmem.quality.losses import mean_losses, read_loss_images
 from fastmem.quality.reference import read_reference
 from fastmem.quality.samples import BATCH
+from fastmem.reporter import SILENT, Reporter
 from fastmem.stats import UnitStats
 from fastmem.sweep.model_bench import ModelBench, UnitChooser
-from fastmem.sweep.targets import TargetSet
+from fastmem.sweep.table import TargetSet
+from fastmem.tokens.cache import TokenCache
+from fastmem.tokens.true_images import TrueImages, spread
 
 # seeds of rows are below it
 SEED_STRIDE = 100_003
@@ -79,13 +82,26 @@ def prepare(
     extractor: FeatureExtractor | None,
     settings: BenchSettings,
     groups: Mapping[str, np.ndarray],
-    cache: Path | None = None,
+    *,
+    tokens: TokenCache | None = None,
+    features: Path | None = None,
+    reporter: Reporter = SILENT,
 ) -> Prepared:
     """Read and tokenize what every row needs.
 
-    sources, manifests, stats: of the sets "train" and "heldout"; hits: candidate scores of the training images, float
-    [N] in manifest order; extractor: of the samples' features, None measures losses alone; groups: ids of training
-    images that are counted apart, by name; cache: where features of the reference are kept.
+    Args:
+        model: the unedited model.
+        sources: images of the sets "train" and "heldout".
+        manifests: their order, by set.
+        stats: their statistics, by set.
+        hits: candidate scores of the training images, float [N] in manifest order.
+        judge: who decides whether a target was extracted.
+        extractor: makes features of the samples; None measures losses alone.
+        settings: what every row is measured with.
+        groups: ids of training images that are counted apart, by name.
+        tokens: where tokens are looked up; None encodes all images.
+        features: folder where features of the reference are kept; None keeps none.
+        reporter: is told of images that are read.
 
     Units chosen by attribution see one half of the targets and of the held-out images; counts and losses are reported
     on the other halves.
@@ -98,15 +114,15 @@ def prepare(
             "--heldout PATH"
         )
     positions = highest_per_class(manifests["train"], hits, settings.top_per_class)
-    targets, _ = find_targets(model, sources["train"], manifests["train"], hits, positions, with_pictures=False)
+    targets = find_targets(model, sources["train"], manifests["train"], hits, positions, cache=tokens)
     chosen_by = halves(targets.ids, targets.labels, settings.seed)
     reported = ~chosen_by if settings.halved else np.ones(len(targets), dtype=bool)
-    unseen = read_true_images(model, sources["heldout"], manifests["heldout"])
+    unseen = read_loss_images(model, sources["heldout"], manifests["heldout"], cache=tokens, reporter=reporter)
     seen_half = halves(unseen.ids, unseen.labels.numpy(), settings.seed)
-    losses = {"heldout": _take(unseen, ~seen_half), "targets": _true_images(targets.take(reported))}
-    quality = _quality(model, sources["heldout"], manifests["heldout"], extractor, settings, losses, cache)
+    losses = {"heldout": unseen.take(~seen_half), "targets": _true_images(targets.take(reported))}
+    quality = _quality(model, sources["heldout"], manifests["heldout"], extractor, settings, losses, features, reporter)
     memorised = _memorised(model, targets, chosen_by, judge, settings)
-    seen = _take(unseen, np.flatnonzero(seen_half)[spread(int(seen_half.sum()), HELDOUT_IMAGES)])
+    seen = unseen.take(np.flatnonzero(seen_half)[spread(int(seen_half.sum()), HELDOUT_IMAGES)])
     images_at_once = min(BATCH_IMAGES, settings.batch_size)
     chooser = UnitChooser(model, stats["train"], stats["heldout"], memorised, seen, settings.seed_of, images_at_once)
     bench = ModelBench(model, chooser, targets, judge, settings.prefixes, quality, settings.batch_rows)
@@ -123,12 +139,19 @@ def _quality(
     settings: BenchSettings,
     losses: Mapping[str, TrueImages],
     cache: Path | None,
+    reporter: Reporter,
 ) -> Callable[[Model, int], dict[str, float]]:
     """What measures a model: losses, and with an extractor its samples against the held-out images of ``source``."""
     if extractor is None:
         return lambda model, seed: mean_losses(model, losses)
     reference = read_reference(
-        source, manifest, model.view_recipe("center"), extractor, description="held-out images", cache=cache
+        source,
+        manifest,
+        model.view_recipe("center"),
+        extractor,
+        description="held-out images",
+        cache=cache,
+        reporter=reporter,
     )
     return lambda model, seed: measure(
         model, extractor, reference, settings.samples, settings.seed_of(seed), settings.batch_size, losses
@@ -148,8 +171,3 @@ def _memorised(
 
 def _true_images(targets: Targets) -> TrueImages:
     return TrueImages(targets.ids, torch.from_numpy(targets.labels), targets.tokens)
-
-
-def _take(images: TrueImages, at: np.ndarray) -> TrueImages:
-    chosen = torch.from_numpy(at)
-    return replace(images, ids=images.ids[at], labels=images.labels[chosen], tokens=images.tokens[chosen])

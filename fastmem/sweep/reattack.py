@@ -12,27 +12,27 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 
 from fastmem.data.manifest import Manifest
 from fastmem.data.sources import ImageSource
-from fastmem.data.views import Views
+from fastmem.data.views import Mirrored, Views
 from fastmem.extraction.attack import attack
 from fastmem.extraction.candidates import Targets, collect_losses, find_targets, highest_per_class
 from fastmem.extraction.verdicts import Judge
 from fastmem.files import read_json, write_json
 from fastmem.mitigation.scaling import Units, scale_units
-from fastmem.models.model import Model, to_unit_range
+from fastmem.models.model import Model
+from fastmem.reporter import SILENT, Reporter
 from fastmem.scoring.image_losses import ImageLosses
 from fastmem.sweep.plan import Row
 from fastmem.sweep.row_norms import SuspectRows, find_rows_scaled_by, find_small_rows
 from fastmem.sweep.table import RowUnavailable
 from fastmem.tokens.cache import TokenCache
+from fastmem.tokens.true_images import read_true_images
 
 SCHEMA = "fastmem.re-attack/1"
 # shares of an image's tokens: one shorter than the ladder's longest prefix, which is about an eighth, and two longer
 PREFIX_SHARES = (1 / 16, 1 / 4, 1 / 2)
-BATCH_IMAGES = 16
 
 
 class Editor(Protocol):
@@ -123,16 +123,21 @@ class Attacker:
         row: Row,
         editor: Editor,
         state: Path | None = None,
-        advance: Callable[[int], None] = lambda images: None,
+        reporter: Reporter = SILENT,
     ) -> ReAttack:
         """Every approach on one edit.
 
-        state: where the pass over all images for other candidates is kept, so that it goes on; advance: told of its
-        images. Raises: RowUnavailable where the edit's units cannot be chosen.
+        Args:
+            row: the edit.
+            editor: makes the edit.
+            state: file in which the pass over all images for other candidates is kept, so that it goes on.
+            reporter: is told of the images of that pass.
+
+        Raises: RowUnavailable where the edit's units cannot be chosen.
         """
         with editor.edited(row) as units:
             after = [self._count(approach) for approach in self.approaches]
-            others = self._other_candidates(state, advance)
+            others = self._other_candidates(state, reporter)
             others_after = self._count(others)
             rescalings = tuple(self._rescalings(row, units))
         counts = [*zip(self.approaches, self.before, after, strict=True), (others, self._count(others), others_after)]
@@ -149,8 +154,8 @@ class Attacker:
         """The published attack, then other prefixes, then other views of the same images."""
         published = Approach("as published", targets, self.prefix)
         lengths = [Approach(f"prefix of {n} tokens", targets, n) for n in other_prefixes(self.model, self.prefix)]
-        crop = self._see(targets, self.model.view_recipe(1), mirrored=False)
-        mirror = self._see(targets, self.model.view_recipe("center"), mirrored=True)
+        crop = self._see(targets, self.model.view_recipe(1))
+        mirror = self._see(targets, Mirrored(self.model.view_recipe("center")))
         return [
             published,
             *lengths,
@@ -158,28 +163,24 @@ class Attacker:
             Approach("prefix from the mirror image", mirror, self.prefix),
         ]
 
-    def _see(self, targets: Targets, recipe: Views, mirrored: bool) -> Targets:
+    def _see(self, targets: Targets, recipe: Views) -> Targets:
         """The same images in the first view of ``recipe``: what comes back is compared with that view."""
-        tokens = []
-        index = self.source.index_of(targets.ids).tolist()
-        for start in range(0, len(targets), BATCH_IMAGES):
-            some = zip(index[start : start + BATCH_IMAGES], targets.ids[start:].tolist(), strict=False)
-            pixels = torch.from_numpy(np.stack([recipe(self.source.read(i), image_id)[0] for i, image_id in some]))
-            tokens.append(self.model.tokenize(to_unit_range(pixels.flip(2) if mirrored else pixels)).cpu())
-        return replace(targets, tokens=torch.cat(tokens))
+        positions = np.flatnonzero(np.isin(self.manifest.ids, targets.ids))
+        found = read_true_images(self.model, self.source, self.manifest, positions, recipe=recipe, cache=self.cache)
+        return replace(targets.take(np.isin(targets.ids, found.ids)), tokens=found.tokens)
 
-    def _other_candidates(
-        self, state: Path | None = None, advance: Callable[[int], None] = lambda images: None
-    ) -> Approach:
+    def _other_candidates(self, state: Path | None = None, reporter: Reporter = SILENT) -> Approach:
         """The highest of every class by the model as it is, without those that the edit was chosen by."""
         if state is not None and state.exists():
             hits = ImageLosses.load(state, self.manifest.hash).hits
-            advance(len(self.manifest))
+            reporter.advance(len(self.manifest))
         else:
-            hits = collect_losses(self.model, self.source, self.manifest, state, cache=self.cache, advance=advance).hits
+            hits = collect_losses(
+                self.model, self.source, self.manifest, state, cache=self.cache, reporter=reporter
+            ).hits
         hits[np.isin(self.manifest.ids, self.chosen_by)] = np.nan
         positions = highest_per_class(self.manifest, hits)
-        found, _ = find_targets(self.model, self.source, self.manifest, hits, positions, with_pictures=False)
+        found = find_targets(self.model, self.source, self.manifest, hits, positions, cache=self.cache)
         return Approach("candidates of the edited model", found, self.prefix)
 
     def _rescalings(self, row: Row, units: int) -> list[Rescaling]:
@@ -213,11 +214,16 @@ def attack_edits_again(
     rows: Sequence[Row],
     editor: Editor,
     folder: Path,
-    advance: Callable[[int], None] = lambda images: None,
+    reporter: Reporter = SILENT,
 ) -> list[ReAttack]:
-    """``attack_again`` for every row whose units can be chosen, a file each in ``folder``; what is there is read.
+    """``attack_again`` for every row whose units can be chosen, a file each; files that are there are read.
 
-    make_attacker: called where a file is missing; advance: told of the images of every edit's pass over all of them.
+    Args:
+        make_attacker: is called once, where a file is missing.
+        rows: the edits.
+        editor: makes them.
+        folder: where the files lie.
+        reporter: is told of the images of every edit's pass over all of them.
 
     Raises: InputFileError for a damaged file; UsageError where the folder cannot be written. KeyboardInterrupt keeps
     what was done.
@@ -228,7 +234,7 @@ def attack_edits_again(
         if not file.exists():
             attacker = attacker or make_attacker()
             try:
-                made = attacker.attack_again(row, editor, state, advance)
+                made = attacker.attack_again(row, editor, state, reporter)
             # the table has the row with the reason
             except RowUnavailable:
                 continue

@@ -12,7 +12,7 @@ halving by UnitMem, at random and the unedited model, and stated by those sample
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -20,10 +20,10 @@ import numpy as np
 from scipy import stats
 
 from fastmem.errors import UsageError
+from fastmem.reporter import SILENT, Reporter
 from fastmem.sweep.bootstrap import LEVEL, holm
 from fastmem.sweep.plan import ATTRIBUTION, HALVED, NO_EDIT, Row
-from fastmem.sweep.table import Measured, Table, mean_of
-from fastmem.sweep.targets import TargetSet
+from fastmem.sweep.table import Measured, Table, TargetSet, mean_of
 
 LADDER = (0.01, 0.02, 0.03, 0.05, 0.07, 0.10, 0.15, 0.20, 0.30, 0.40, 0.50, 0.70, 1.0)
 FACTORS = (HALVED, 0.25, 0.0)
@@ -137,12 +137,18 @@ def search(
     reduction: float,
     cost: str,
     rows: Sequence[Row],
-    advance: Callable[[int], None] = lambda steps: None,
+    reporter: Reporter = SILENT,
 ) -> list[Reached]:
     """The smallest edit of every recipe that reaches ``reduction``, cheapest first; recipes that never do are left out.
 
-    reduction: of the extracted targets that no units were chosen by, in (0, 1]; cost: a metric that rises as
-    quality falls; rows: recipes, whose fraction is open; advance: told of each that is done, and of ``CONFIRMED`` more.
+    Args:
+        table: where measured rows are kept.
+        targets: what is counted.
+        reduction: the share of the extracted targets that are no longer extracted, in (0, 1]; counted are those that no
+            units were chosen by.
+        cost: a metric that rises as quality falls.
+        rows: recipes, whose fraction is open.
+        reporter: is told of every recipe that is done, and of ``CONFIRMED`` steps more.
 
     Raises: UsageError for a reduction outside (0, 1], or where the unedited model gives nothing away on either half.
     """
@@ -162,8 +168,8 @@ def search(
             left = np.mean([_counts(targets, m) for m in measured], axis=0)
             reported, seen = (1 - left / base).tolist()
             found.append(Reached(tuple(measured), reported, seen, mean_of(measured, cost) - mean_of(unedited, cost)))
-        advance(1)
-    return _confirmed(table, sorted(found, key=lambda r: r.cost), cost, advance)
+        reporter.advance(1)
+    return _confirmed(table, sorted(found, key=lambda r: r.cost), cost, reporter)
 
 
 def unedited_rows(table: Table) -> list[Measured]:
@@ -176,7 +182,7 @@ def _sampled(table: Table, row: Row, seeds: Sequence[int] = range(SEEDS)) -> lis
     return [table.measure(replace(row, seed=seed)) for seed in seeds]
 
 
-def _confirmed(table: Table, reached: Sequence[Reached], cost: str, advance: Callable[[int], None]) -> list[Reached]:
+def _confirmed(table: Table, reached: Sequence[Reached], cost: str, reporter: Reporter) -> list[Reached]:
     """What was reached, with confirmations of the cheapest few and of halving by UnitMem and at random."""
     seeds = range(SEEDS, SEEDS + FRESH_SEEDS)
     plain = plain_halving(reached)
@@ -185,8 +191,8 @@ def _confirmed(table: Table, reached: Sequence[Reached], cost: str, advance: Cal
     costs: dict[Row, np.ndarray] = {}
     for row in (NO_EDIT, *(r.row for r in finalists)):
         costs[row] = np.array([m.metrics[cost] for m in _sampled(table, row, seeds)])
-        advance(1)
-    advance(CONFIRMED - len(costs))
+        reporter.advance(1)
+    reporter.advance(CONFIRMED - len(costs))
     made = {r: _confirmation(costs, r, plain) for r in finalists}
     beside = {r: c.beside_plain.p_value for r, c in made.items() if c.beside_plain is not None}
     corrected = dict(zip(beside, holm(list(beside.values())), strict=True))

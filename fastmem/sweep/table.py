@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -14,7 +14,8 @@ import torch
 
 from fastmem.errors import UsageError
 from fastmem.files import read_tensors, write_tensors
-from fastmem.runs.folder import Interruption
+from fastmem.reporter import SILENT, Reporter, duration
+from fastmem.runs.interruption import Interruption
 from fastmem.sweep.plan import NO_EDIT, Row
 
 SCHEMA = "fastmem.sweep-row/2"
@@ -70,6 +71,26 @@ class Measured:
 
 
 @dataclass(frozen=True, eq=False)
+class TargetSet:
+    """The targets of a table.
+
+    classes: int64 [N]; reported: bool [N], those that no units were chosen by; prefixes: in tokens, the last is the one
+    that is compared; threshold: similarity above which a target counts as extracted; groups: masks bool [N] by name
+    that are counted beside the whole.
+    """
+
+    classes: np.ndarray
+    reported: np.ndarray
+    prefixes: tuple[int, ...]
+    threshold: float
+    groups: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+    def extracted(self, measured: Measured) -> np.ndarray:
+        """Which targets a row's model gives away, bool [P,N]."""
+        return measured.similarity > self.threshold
+
+
+@dataclass(frozen=True, eq=False)
 class Table:
     """The measured rows of one experiment, a file each in ``folder``."""
 
@@ -116,30 +137,46 @@ class Table:
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """What a sweep will take: rows, of which so many are done; seconds for the rest, at the first row's speed."""
+    """What a sweep will take.
+
+    Attributes:
+        rows: of the plan.
+        done: those that are measured already.
+        seconds: for the others, at the speed of the first row.
+        each: what a row takes, in words.
+    """
 
     rows: int
     done: int
     seconds: float
+    each: str = ""
+    things: str = "rows"
+
+    @property
+    def total(self) -> int:
+        """Rows of the plan."""
+        return self.rows
+
+    def __str__(self) -> str:
+        done = f" ({self.done:,} are done)" if self.done > 1 else ""
+        return f"{self.rows:,} rows{done}{self.each}, about {duration(self.seconds)} at the speed of the first"
 
 
-@dataclass(frozen=True)
-class SweepReporter:
-    """Whom a sweep tells about itself; the defaults are silent. planned: after the first row; advance: rows done."""
-
-    planned: Callable[[SweepPlan], None] = field(default=lambda plan: None)
-    advance: Callable[[int], None] = field(default=lambda rows: None)
-
-
-def measure_rows(table: Table, rows: Sequence[Row], reporter: SweepReporter) -> list[Measured]:
+def measure_rows(table: Table, rows: Sequence[Row], reporter: Reporter = SILENT, each: str = "") -> list[Measured]:
     """Every row, the finished ones from their files.
+
+    Args:
+        table: where rows are kept, and what they are measured with.
+        rows: in the order in which they are measured.
+        reporter: is told the plan after the first row, and then of rows that are done.
+        each: what a row takes, for the plan's sentence.
 
     Raises: KeyboardInterrupt after the row in hand where Ctrl-C was pressed.
     """
     # the unedited model tells how long a row takes
     first = table.measure(NO_EDIT)
     done = sum(table.done(row) for row in rows)
-    reporter.planned(SweepPlan(len(rows), done, first.seconds * (len(rows) - done)))
+    reporter.planned(SweepPlan(len(rows), done, first.seconds * (len(rows) - done), each))
     measured = []
     with Interruption() as interruption:
         for row in rows:

@@ -28,8 +28,8 @@ from fastmem.data.sources import DIGEST_BYTES
 from fastmem.data.views import Joined, Views
 from fastmem.errors import InputFileError, UsageError
 from fastmem.files import read_tensors, write_tensors
+from fastmem.home import home
 from fastmem.models.model import Model
-from fastmem.models.registry import home
 
 SCHEMA = "fastmem.tokens/2"
 SHARD_IMAGES = 64

@@ -14,9 +14,9 @@ from fastmem.data.decoding import DamagedImage, Skipped
 from fastmem.data.loading import Batch, ViewReader, load, load_views
 from fastmem.data.manifest import Manifest
 from fastmem.data.sources import ImageSource
-from fastmem.data.views import Views
+from fastmem.data.views import Views, to_unit_range
 from fastmem.errors import InputFileError, UsageError
-from fastmem.models.model import Model, to_unit_range
+from fastmem.models.model import Model
 from fastmem.tokens.cache import SHARD_IMAGES, Rows, TokenCache
 
 Note = Callable[[str], None]

@@ -15,6 +15,7 @@ from fastmem import UsageError, score
 from fastmem.backends import cpp, native, plain
 from fastmem.backends.select import choose_backend
 from fastmem.stats.accumulators import Fold
+from tests.backends.conftest import assert_folds_close, make_batches, make_layer
 
 CPU = torch.device("cpu")
 FOUND = native.status()
@@ -33,13 +34,6 @@ SIZES = {
     "a panel and one": (2, 30, 16, 257, [(0, 1), (1, 5), (5, 14), (14, 30)]),
     "no images": (0, 7, 5, 9, [(0, 7)]),
 }
-
-
-def make_layer(images, positions, width, units):
-    generator = torch.Generator().manual_seed(positions * units)
-    x = torch.randn(images, positions, width, generator=generator)
-    weight = torch.randn(units, width, generator=generator) / width**0.5
-    return x, weight, torch.randn(units, generator=generator)
 
 
 def with_threads(counts, call):
@@ -127,14 +121,6 @@ def test_cpp_takes_16_bit_inputs_in_plain_torch():
         assert torch.equal(found, expected)
 
 
-def make_batches(shape, views):
-    """Batches of few distinct responses, so that equal ones of different images occur, and their ids."""
-    generator = torch.Generator().manual_seed(views)
-    for images in (5, 1, 3):
-        responses = (torch.rand(images, views, *shape, generator=generator) * 6).round() / 7
-        yield responses, torch.randperm(1000, generator=generator)[:images] + 2**45
-
-
 @needs_cpu
 @pytest.mark.parametrize(
     ("shape", "views", "k"),
@@ -146,15 +132,8 @@ def test_cpp_unit_update_equals_the_running_statistics(shape, views, k):
     for responses, ids in make_batches(shape, views):
         expected = expected.update(responses, ids)
         fold = fold.update_by(native.unit_update_, responses, ids)
-    assert fold.moments.count == expected.moments.count == 9
-    for found, wanted in (
-        (fold.moments.mean, expected.moments.mean),
-        (fold.moments.m2, expected.moments.m2),
-        (fold.view_total, expected.view_total),
-    ):
-        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-14)
-    assert torch.equal(fold.largest.value, expected.largest.value)
-    assert torch.equal(fold.largest.image, expected.largest.image)
+    assert fold.moments.count == 9
+    assert_folds_close(fold, expected)
 
 
 @needs_cpu
@@ -341,7 +320,7 @@ def test_auto_takes_cpp_on_the_cpu_and_says_why_where_it_cannot(monkeypatch):
 
 
 def test_a_missing_backend_is_told_before_the_pass(toy_model, toy_source, monkeypatch):
-    from fastmem.scoring.score import Reporter
+    from fastmem.reporter import Reporter
 
     monkeypatch.setattr(native, "_status", native.NativeStatus(False, False, "cmake was not found", ROOT))
     notes = []

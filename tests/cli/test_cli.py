@@ -11,27 +11,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastmem.cli import COMMANDS, main
+from fastmem.cli import COMMANDS
 from fastmem.demo.doses import IMAGES
-from tests.conftest import random_images
+from tests.conftest import random_images, run, write_folder
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     """An image folder of 2 classes with 3 pictures each."""
-    for i, pixels in enumerate(random_images(6, 64)):
-        place = tmp_path / "data" / f"class-{i % 2}"
-        place.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels).save(place / f"{i}.png")
-    return tmp_path / "data"
-
-
-def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of a command in this process."""
-    with pytest.raises(SystemExit) as caught:
-        main([str(a) for a in arguments])
-    out, err = capsys.readouterr()
-    return caught.value.code, out, err
+    return write_folder(tmp_path / "data", random_images(6, 64))
 
 
 @pytest.mark.parametrize("statement", ["import fastmem", "from fastmem.cli import main; main(['--help'])"])

@@ -14,29 +14,10 @@ import pytest
 from PIL import Image
 
 from fastmem.errors import InputFileError, UsageError
+from fastmem.reporter import Reporter
 from fastmem.runs.folder import RunFolder, RunInputs
 from fastmem.stages.opened_run import open_run
-from tests.cli.test_cli import run
-from tests.conftest import random_images
-
-
-@pytest.fixture(scope="module")
-def scored(tmp_path_factory) -> Path:
-    """A run of rar-tiny over 8 pictures of 2 classes, with as many held out."""
-    from fastmem.cli import main
-
-    folder = tmp_path_factory.mktemp("scored")
-    for split, seed in (("train", 0), ("heldout", 1)):
-        for i, pixels in enumerate(random_images(8, 64, seed)):
-            place = folder / split / f"class-{i % 2}"
-            place.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels).save(place / f"{i}.png")
-    arguments = ["score", "--model", "rar-tiny", "--views", "center", "--no-class-check", "--out", str(folder / "run")]
-    with pytest.raises(SystemExit) as caught:
-        main([*arguments, "--data", str(folder / "train"), "--heldout", str(folder / "heldout")])
-    assert caught.value.code == 0
-    return folder / "run"
-
+from tests.conftest import random_images, run, write_folder
 
 KEYS = (
     "run edit candidates threshold prefix_unit prefixes embedder extracted extracted_original extracted_distinct "
@@ -44,8 +25,9 @@ KEYS = (
 )
 
 
-def test_one_json_document_a_table_and_two_pictures(capsys, scored):
-    arguments = ("extract", "--run", scored, "--judge", "tokens", "--top-per-class", 2, "--prefix", "0,40,63", "--json")
+def test_one_json_document_a_table_and_two_pictures(capsys, tiny_run):
+    options = ("--judge", "tokens", "--top-per-class", 2, "--prefix", "0,40,63", "--json")
+    arguments = ("extract", "--run", tiny_run, *options)
     code, out, err = run(capsys, *arguments)
     assert code == 0, err
     document = json.loads(out)
@@ -66,9 +48,9 @@ def test_one_json_document_a_table_and_two_pictures(capsys, scored):
 
 
 @pytest.mark.parametrize(("bound", "code"), [(0, 1), (4, 0)])
-def test_a_broken_bound_exits_with_one(capsys, scored, bound, code):
+def test_a_broken_bound_exits_with_one(capsys, tiny_run, bound, code):
     # every completion is more alike than -1
-    arguments = ("extract", "--run", scored, "--judge", "tokens", "--top-per-class", 2, "--prefix", "63")
+    arguments = ("extract", "--run", tiny_run, "--judge", "tokens", "--top-per-class", 2, "--prefix", "63")
     found, _, err = run(capsys, *arguments, "--threshold", "-1", "--fail-above", bound)
     assert found == code, err
     assert ("4 images were extracted, more than the 0" in err) == (code == 1)
@@ -97,54 +79,54 @@ ROWS = {
 
 
 @pytest.mark.parametrize(("arguments", "code", "text"), ROWS.values(), ids=ROWS)
-def test_wrong_input_ends_with_one_sentence(capsys, scored, tmp_path, monkeypatch, arguments, code, text):
+def test_wrong_input_ends_with_one_sentence(capsys, tiny_run, tmp_path, monkeypatch, arguments, code, text):
     from safetensors.torch import load_file, save_file
 
     from fastmem.models.registry import find_entry
 
     monkeypatch.setenv("FASTMEM_HOME", str(tmp_path / "home"))
-    for i, pixels in enumerate(random_images(2, 64)):
-        (tmp_path / "others" / f"class-{i}").mkdir(parents=True)
-        Image.fromarray(pixels).save(tmp_path / "others" / f"class-{i}" / "new.png")
+    write_folder(tmp_path / "others", random_images(2, 64), first=50)
     if "other.safetensors" in str(arguments):
         state = load_file(find_entry("rar-tiny").generator_file.path)
         state["lm_head.bias"] += 1
         save_file(state, tmp_path / "other.safetensors")
-    found, out, err = run(capsys, "extract", *(a.format(tmp=tmp_path, run=scored) for a in arguments))
+    found, out, err = run(capsys, "extract", *(a.format(tmp=tmp_path, run=tiny_run) for a in arguments))
     assert (found, out) == (code, "")
     last = err.strip().splitlines()[-1]
     assert text in last
     assert last.startswith(("fastmem: expected", "Error:"))
 
 
-def test_a_run_is_opened_where_it_lies(scored, tmp_path):
-    opened = open_run(str(scored))
+def test_a_run_is_opened_where_it_lies(tiny_run, tmp_path):
+    opened = open_run(tiny_run)
     assert opened.model.name == "rar-tiny"
-    assert opened.unedited == {part: opened.identity[part] for part in ("checkpoint", "tokenizer")}
-    assert opened.stats().count == opened.stats("heldout").count == 8
-    assert Path(RunInputs.load(RunFolder(scored)).data).is_absolute()
+    assert opened.model.fingerprint() == {part: opened.identity[part] for part in ("checkpoint", "tokenizer")}
+    assert opened.train.count == opened.heldout.count == 8
+    assert Path(RunInputs.load(RunFolder(tiny_run)).data).is_absolute()
     moved = tmp_path / "run"
     moved.mkdir()
-    for file in scored.iterdir():
+    for file in tiny_run.iterdir():
         if file.is_file() and file.name != "train.safetensors":
             (moved / file.name).write_bytes(file.read_bytes())
     with pytest.raises(InputFileError, match="one without train"):
         open_run(str(moved))
 
 
-def test_another_precision_is_said_aloud(scored, capsys):
-    open_run(str(scored), dtype="bfloat16")
-    assert "scored as float32" in capsys.readouterr().err
+def test_another_precision_is_noted(tiny_run):
+    notes = []
+    open_run(tiny_run, dtype="bfloat16", reporter=Reporter(note=notes.append))
+    assert len(notes) == 1
+    assert "scored as float32" in notes[0]
 
 
-def test_an_unfinished_extraction_is_not_started_over(capsys, scored, monkeypatch):
-    arguments = ("extract", "--run", scored, "--judge", "tokens", "--top-per-class", 1, "--prefix", "60")
+def test_an_unfinished_extraction_is_not_started_over(capsys, tiny_run, monkeypatch):
+    arguments = ("extract", "--run", tiny_run, "--judge", "tokens", "--top-per-class", 1, "--prefix", "60")
 
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr("fastmem.cli.extract.extract", stop)
+        patched.setattr("fastmem.stages.extract.attack_and_judge", stop)
         assert run(capsys, *arguments)[0] == 130
     code, _, err = run(capsys, *arguments)
     assert (code, "--resume" in err) == (2, True)
@@ -173,12 +155,12 @@ def extraction_files(run_folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(run_folder)): p.read_bytes() for p in files}
 
 
-def test_a_killed_extraction_resumes_to_the_same_bytes(scored, tmp_path):
+def test_a_killed_extraction_resumes_to_the_same_bytes(tiny_run, tmp_path):
     import shutil
 
     runs = {name: tmp_path / name for name in ("whole", "parts")}
     for folder in runs.values():
-        shutil.copytree(scored, folder, ignore=shutil.ignore_patterns("extractions"))
+        shutil.copytree(tiny_run, folder, ignore=shutil.ignore_patterns("extractions"))
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
 
     def start(name: str, pause: float, *more: str) -> subprocess.Popen:

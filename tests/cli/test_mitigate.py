@@ -11,15 +11,16 @@ import pytest
 import torch
 
 from fastmem import EditPlan, UnitStats, UsageError, embedded_source, load_model, score, select
-from fastmem.cli.mitigate import CHOICES, default_name, parse_share
+from fastmem.cli.options import parse_share
 from fastmem.data.manifest import Manifest
 from fastmem.demo.doses import IMAGES
 from fastmem.mitigation.attribution import candidate_half, halves
 from fastmem.mitigation.edited_checkpoint import save_checkpoint
 from fastmem.runs.folder import RunFolder, RunInputs
 from fastmem.scoring.image_losses import ImageLosses
-from fastmem.stages.opened_run import open_run
-from tests.cli.test_cli import run
+from fastmem.stages.mitigate import CHOICES, default_name
+from fastmem.stages.opened_run import edited, open_run
+from tests.conftest import run
 
 UNITS = 8 * 768
 
@@ -68,11 +69,11 @@ def test_attribution_is_chosen_on_the_half_that_the_file_names(capsys, folder, m
     scores = torch.randn(8, 768, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     given = []
 
-    def record(model, source, ids, heldout, *, heldout_ids, batch_size):
+    def record(model, source, ids, heldout, *, heldout_ids, batch_size, cache):
         given.append((source.description, ids.tolist(), heldout.description, heldout_ids.tolist(), batch_size))
         return scores
 
-    monkeypatch.setattr("fastmem.cli.mitigate.attribution", record)
+    monkeypatch.setattr("fastmem.stages.mitigate.attribution", record)
     arguments = ("mitigate", "--run", folder, "--by", "attribution", "--seed", 3, "--scope", "per-layer")
     code, out, err = run(capsys, *arguments, "--batch-size", 20)
     assert code == 0, err
@@ -112,9 +113,12 @@ def test_an_edited_checkpoint_and_an_opened_edit_are_the_same_weights(capsys, fo
     assert code == 0, err
     document = json.loads(out)
     assert (document["edit"], document["checkpoint"]) == ("mine", str(weights))
-    opened = open_run(str(folder), edit="mine")
+    opened = open_run(folder)
     written = load_model("rar-tiny", checkpoint=weights, device="cpu")
-    assert opened.model.fingerprint() == written.fingerprint() != opened.unedited
+    unedited = opened.model.fingerprint()
+    with edited(opened, "mine"):
+        assert opened.model.fingerprint() == written.fingerprint() != unedited
+    assert opened.model.fingerprint() == unedited
     rows = written.fc1_layers[0].weight / load_model("rar-tiny", device="cpu").fc1_layers[0].weight
     assert set(rows.unique().tolist()) == {0.25, 1.0}
 

@@ -13,16 +13,16 @@ import pytest
 from PIL import Image
 
 from fastmem import FolderSource, embedded_source, load_model, score
-from fastmem.cli.evaluate import image_doses
 from fastmem.data.manifest import Manifest
 from fastmem.demo.controls import dose_groups
 from fastmem.extraction.verdicts import SSCDJudge
 from fastmem.mitigation.edit_file import EditPlan
 from fastmem.runs.folder import RunFolder, RunInputs
+from fastmem.stages.evaluate import image_doses
 from fastmem.stages.opened_run import open_run
+from fastmem.stages.options import AttackOptions
 from fastmem.sweep.plan import Row
-from tests.cli.test_cli import run
-from tests.conftest import FakeEmbedder
+from tests.conftest import FakeEmbedder, run
 
 
 @pytest.fixture(scope="module")
@@ -101,10 +101,9 @@ def test_a_sweep_goes_on_with_more_rows_and_measures_only_those(capsys, folder, 
 
 
 def test_the_search_prints_what_reached_the_reduction(capsys, folder, monkeypatch):
-    from fastmem.cli import sweep_work
-
     monkeypatch.setattr("fastmem.sweep.search.FRESH_SEEDS", 2)
-    monkeypatch.setattr(sweep_work, "recipes", lambda by: [Row("unitmem", 0.0, 0.0), Row("random", 0.0, 0.0)])
+    searched = [Row("unitmem", 0.0, 0.0), Row("random", 0.0, 0.0)]
+    monkeypatch.setattr("fastmem.stages.sweep.recipes", lambda by: searched)
     arguments = ("sweep", "--run", folder, "--judge", "tokens", "--target-reduction", "0.3")
     code, out, err = run(capsys, *arguments, "--json")
     assert code == 0, err
@@ -131,7 +130,7 @@ def test_the_search_prints_what_reached_the_reduction(capsys, folder, monkeypatc
 
 def test_with_an_embedder_quality_is_of_samples_unless_asked_otherwise(capsys, folder, tmp_path, monkeypatch):
     monkeypatch.setenv("FASTMEM_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr("fastmem.cli.sweep.choose_judge", lambda *settings: SSCDJudge(FakeEmbedder()))
+    monkeypatch.setattr(AttackOptions, "choose_judge", lambda *settings: SSCDJudge(FakeEmbedder()))
     small = (*SMALL[2:], "--by", "lowest", "--samples", 4)
     code, out, err = run(capsys, "sweep", "--run", folder, *small, "--json")
     assert code == 0, err

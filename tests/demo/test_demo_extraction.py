@@ -10,16 +10,17 @@ import torch
 from PIL import Image
 
 from fastmem import embedded_source
-from fastmem.cli import demo
 from fastmem.data.manifest import Manifest
 from fastmem.demo.controls import dose_groups
-from fastmem.demo.extraction import ALONE, EVERY, EVERY_GROUP, extraction_by_dose, format_extraction, totals
+from fastmem.demo.extraction import ALL_IMAGES, ALONE, EVERY, EVERY_GROUP, extraction_by_dose, format_extraction, totals
 from fastmem.extraction.candidates import Targets
 from fastmem.extraction.extract import Extraction, Verdicts
-from fastmem.extraction.verdicts import Count, TokenMatch
+from fastmem.extraction.verdicts import Count
 from fastmem.report.extraction_pictures import draw_dose_response
-from fastmem.runs.folder import RunFolder
-from tests.cli.test_cli import run
+from fastmem.stages.demo import extract_everything
+from fastmem.stages.opened_run import open_run
+from fastmem.stages.options import AttackOptions
+from tests.conftest import run
 
 PREFIXES = (0, 8)
 
@@ -89,16 +90,13 @@ def test_the_table_and_the_picture_have_every_group(manifests, tmp_path):
         assert np.asarray(image.convert("L")).std() > 5
 
 
-def test_the_demo_tries_every_image_of_its_run(capsys, tmp_path, monkeypatch):
+def test_the_demo_tries_every_image_of_its_run(capsys, tmp_path):
     arguments = ("score", "--model", "rar-tiny", "--views", "center", "--per-class", 1, "--no-class-check")
     assert run(capsys, *arguments, "--out", tmp_path / "run")[0] == 0
-    monkeypatch.setattr(demo, "choose_judge", lambda *settings: TokenMatch())
-    demo._extract_everything(RunFolder(tmp_path / "run"))
-    out, err = capsys.readouterr()
-    assert "Extracted when every image is tried, by token-match above 0.9" in out
-    assert "held-out" in out
-    assert (tmp_path / "run" / "dose-response.png").exists()
-    counted = [line for line in out.splitlines() if EVERY in line]
-    assert len(counted) == 1
-    assert " of 41 " in counted[0]
+    found = extract_everything(open_run(tmp_path / "run"), AttackOptions(ALL_IMAGES, "tokens"))
+    assert (found.judge, found.threshold) == ("token-match", 0.9)
+    assert found.picture == tmp_path / "run" / "dose-response.png"
+    assert found.picture.exists()
+    assert {count.n for count in found.counts[EVERY]} == {41}
+    assert {count.n for count in found.counts["held-out"]} == {41}
     assert not list(Path(tmp_path / "run").glob("extractions/*"))

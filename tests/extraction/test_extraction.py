@@ -8,10 +8,10 @@ import torch
 
 from fastmem import ArraySource, FolderSource, UsageError, score
 from fastmem.data.manifest import Manifest
-from fastmem.extraction.association import associate
+from fastmem.extraction.association import associate, find_associations
 from fastmem.extraction.attack import attack, token_match
-from fastmem.extraction.candidates import Targets, collect_losses, find_targets, highest_per_class
-from fastmem.extraction.extract import ExtractReporter, check_prefixes, extract
+from fastmem.extraction.candidates import Targets, collect_losses, find_targets, highest_per_class, read_pictures
+from fastmem.extraction.extract import check_prefixes, extract
 from fastmem.extraction.verdicts import (
     Count,
     SSCDJudge,
@@ -24,9 +24,10 @@ from fastmem.extraction.verdicts import (
 from fastmem.index.build import build_index
 from fastmem.index.embedding import embed
 from fastmem.index.search import EmbeddingIndex
-from fastmem.report.extraction_report import counts, describe, find_associations, write_verdicts
+from fastmem.report.extraction_report import counts, describe, write_verdicts
+from fastmem.reporter import Reporter
 from fastmem.tokens.cache import TokenCache
-from tests.conftest import FakeEmbedder, random_images
+from tests.conftest import FakeEmbedder, random_images, write_folder
 
 
 def make_targets(model, count: int, seed: int = 0, labels: list[int] | None = None) -> Targets:
@@ -83,10 +84,10 @@ def test_an_interrupted_pass_goes_on_where_it_was(toy_model, toy_source, tmp_pat
             raise RuntimeError("stopped")
 
     with pytest.raises(RuntimeError):
-        collect_losses(toy_model, toy_source, manifest, file, batch_size=4, advance=stop)
+        collect_losses(toy_model, toy_source, manifest, file, batch_size=4, reporter=Reporter(advance=stop))
     assert not file.exists()
     again = []
-    found = collect_losses(toy_model, toy_source, manifest, file, batch_size=4, advance=again.append)
+    found = collect_losses(toy_model, toy_source, manifest, file, batch_size=4, reporter=Reporter(advance=again.append))
     # the third batch was done and not saved
     assert again == [8, 4, 4, 4, 3]
     assert np.array_equal(found.loss, whole.loss)
@@ -95,16 +96,13 @@ def test_an_interrupted_pass_goes_on_where_it_was(toy_model, toy_source, tmp_pat
 
 
 def test_images_that_cannot_be_read_are_no_targets(toy_model, tmp_path):
-    from PIL import Image
-
-    for i, pixels in enumerate(random_images(5, 16)):
-        (tmp_path / "class").mkdir(exist_ok=True)
-        Image.fromarray(pixels).save(tmp_path / "class" / f"{i}.png")
-    (tmp_path / "class" / "2.png").write_bytes(b"broken")
+    write_folder(tmp_path, random_images(5, 16), classes=1)
+    (tmp_path / "class-0" / "02.png").write_bytes(b"broken")
     source = FolderSource(tmp_path)
     manifest = Manifest.build(source)
-    targets, pictures = find_targets(toy_model, source, manifest, np.arange(5.0), np.arange(5))
-    assert sorted(targets.names) == [f"class/{i}.png" for i in (0, 1, 3, 4)]
+    targets = find_targets(toy_model, source, manifest, np.arange(5.0), np.arange(5))
+    pictures = read_pictures(toy_model, source, manifest, targets)
+    assert sorted(targets.names) == [f"class-0/0{i}.png" for i in (0, 1, 3, 4)]
     assert pictures.shape == (4, 3, 16, 16)
     assert torch.equal(targets.tokens, toy_model.tokenize(pictures))
     kept = {name: s for name, s in zip(manifest.names.tolist(), np.arange(5.0), strict=True)}
@@ -117,9 +115,8 @@ def test_the_attack_completes_every_prefix_greedily(request, family, batch_size)
     model = request.getfixturevalue(family)
     targets = make_targets(model, 5, labels=[0, 0, 1, 1, 2])
     prefixes = [length for length in model.prefix_lengths if length < model.num_tokens][:4]
-    told = []
-    found = attack(model, targets, prefixes, batch_size=batch_size, advance=told.append)
-    assert (found.shape, sum(told)) == ((len(prefixes), 5, model.num_tokens), len(prefixes) * 5)
+    found = attack(model, targets, prefixes, batch_size=batch_size)
+    assert found.shape == (len(prefixes), 5, model.num_tokens)
     for p, length in enumerate(prefixes):
         for i in range(5):
             alone = model.generate(torch.tensor([targets.labels[i]]), targets.tokens[i : i + 1, :length])
@@ -280,7 +277,7 @@ def test_finished_units_are_not_repeated(toy_model, toy_source, tmp_path, monkey
             TokenMatch(),
             prefixes=(1, 2),
             folder=tmp_path,
-            reporter=ExtractReporter(advance=stop),
+            reporter=Reporter(advance=stop),
         )
     kept = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     assert list(kept) == ["train-00000.safetensors", "train-00001.safetensors"] or len(kept) == 2
@@ -358,7 +355,7 @@ def test_images_that_an_edit_was_chosen_on_are_left_out(toy_model, toy_source):
     train = whole.sets["train"]
     without = train.targets.ids[train.candidate][::2]
     notes = []
-    reporter = ExtractReporter(note=notes.append)
+    reporter = Reporter(note=notes.append)
     found, *_ = run_toy(toy_model, toy_source, TokenMatch(), prefixes=(2,), without=without, reporter=reporter)
     kept = found.sets["train"]
     assert kept.targets.ids[kept.candidate].tolist() == train.targets.ids[train.candidate][1::2].tolist()

@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import struct
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from fastmem import ArraySource, FolderSource, InputFileError, UsageError
-from fastmem.cli import main
 from fastmem.data.manifest import Manifest
 from fastmem.files import write_json, write_tensors
 from fastmem.index import faiss_index, nearest, pending
 from fastmem.index import files as index_files
-from fastmem.index.build import IndexReporter, build_index, default_index_folder
+from fastmem.index.build import build_index, default_index_folder
 from fastmem.index.embedding import embed
 from fastmem.index.files import read_header, write_index
 from fastmem.index.merge import merge_indexes
 from fastmem.index.search import EmbeddingIndex
-from tests.conftest import FakeEmbedder, random_images
+from fastmem.reporter import Reporter
+from tests.conftest import FakeEmbedder, folder_bytes, random_images, run, start_python, write_folder
 
 
 def unit(seed: int, count: int) -> np.ndarray:
@@ -170,15 +167,11 @@ def toy_set(count: int = 23, seed: int = 0) -> ArraySource:
     return ArraySource(random_images(count, 16, seed), np.arange(count) % 3)
 
 
-def folder_bytes(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
 @pytest.mark.parametrize(("batch_size", "workers"), [(None, 0), (1, 0), (7, 2), (100, 0)])
 def test_an_index_holds_every_image_of_the_set(tmp_path, batch_size, workers):
     source = toy_set()
     plans, steps = [], []
-    reporter = IndexReporter(plans.append, steps.append)
+    reporter = Reporter(planned=plans.append, advance=steps.append)
     result = build_index(source, FakeEmbedder(), tmp_path, batch_size=batch_size, workers=workers, reporter=reporter)
     index = EmbeddingIndex(tmp_path, "cpu")
     index.check_embedder(FakeEmbedder())
@@ -194,18 +187,17 @@ def test_an_index_holds_every_image_of_the_set(tmp_path, batch_size, workers):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["images-23.parquet", "index.json", "vectors-23.faiss"]
 
 
-def write_folder(path: Path, numbers: range) -> None:
-    for i in numbers:
-        place = path / f"class-{i % 3}"
-        place.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(random_images(1, 16, seed=i)[0]).save(place / f"{i:03d}.png")
+def write_numbers(folder: Path, numbers: range) -> None:
+    """An image folder of 3 classes, in which a number always has the same name and picture."""
+    images = np.concatenate([random_images(1, 16, seed=i) for i in numbers])
+    write_folder(folder, images, classes=3, first=numbers.start)
 
 
 @pytest.mark.parametrize("factory", ["Flat", "HNSW16", "IVF4,Flat"])
 def test_a_set_that_has_grown_is_embedded_only_where_it_is_new(tmp_path, factory):
-    write_folder(tmp_path / "data", range(10))
+    write_numbers(tmp_path / "data", range(10))
     build_index(FolderSource(tmp_path / "data"), FakeEmbedder(), tmp_path / "index", factory=factory)
-    write_folder(tmp_path / "data", range(10, 31))
+    write_numbers(tmp_path / "data", range(10, 31))
     grown, embedder = FolderSource(tmp_path / "data"), FakeEmbedder()
     result = build_index(grown, embedder, tmp_path / "index", resume=True, batch_size=100)
     assert (embedder.seen, result.embedded, result.header.count) == (21, 21, 31)
@@ -223,8 +215,8 @@ def test_a_set_that_has_grown_is_embedded_only_where_it_is_new(tmp_path, factory
 
 
 def test_broken_files_are_counted_named_and_taken_later_when_they_are_mended(tmp_path):
-    write_folder(tmp_path / "data", range(8))
-    whole = (tmp_path / "data" / "class-0" / "000.png").read_bytes()
+    write_numbers(tmp_path / "data", range(8))
+    whole = (tmp_path / "data" / "class-0" / "00.png").read_bytes()
     broken = tmp_path / "data" / "class-1" / "broken.png"
     broken.write_bytes(whole[: len(whole) // 2])
     (tmp_path / "data" / "class-2" / "notes.txt").write_text("not an image")
@@ -242,8 +234,8 @@ def test_nothing_but_broken_files_is_an_error_that_can_be_mended(tmp_path):
     (tmp_path / "data" / "a" / "1.png").write_bytes(b"")
     with pytest.raises(InputFileError, match="got 1 that cannot, the first a/1.png"):
         build_index(FolderSource(tmp_path / "data"), FakeEmbedder(), tmp_path / "index")
-    write_folder(tmp_path / "data", range(1))
-    (tmp_path / "data" / "a" / "1.png").write_bytes((tmp_path / "data" / "class-0" / "000.png").read_bytes())
+    write_numbers(tmp_path / "data", range(1))
+    (tmp_path / "data" / "a" / "1.png").write_bytes((tmp_path / "data" / "class-0" / "00.png").read_bytes())
     assert build_index(FolderSource(tmp_path / "data"), FakeEmbedder(), tmp_path / "index").header.count == 2
 
 
@@ -288,33 +280,30 @@ def test_another_model_of_the_same_name_is_refused(tmp_path):
 CHILD = """
 import sys, time
 import numpy as np
-from tests.index.test_index import FakeEmbedder, write_folder
+from tests.conftest import FakeEmbedder
 from fastmem import FolderSource
 from fastmem.index import pending
-from fastmem.index.build import IndexReporter, build_index
+from fastmem.index.build import build_index
+from fastmem.reporter import Reporter
 pending.SAVE_IMAGES = 6
 def advance(images):
     print("advance", flush=True)
     time.sleep(float(sys.argv[3]))
 build_index(FolderSource(sys.argv[1]), FakeEmbedder(), sys.argv[2], resume=sys.argv[4] == "resume", workers=0,
-            factory=sys.argv[5], reporter=IndexReporter(advance=advance))
+            factory=sys.argv[5], reporter=Reporter(advance=advance))
 """
 
 
 def start_child(data: Path, out: Path, delay: float, mode: str, factory: str) -> subprocess.Popen:
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, sys.path)])
-    }
-    command = [sys.executable, "-c", CHILD, str(data), str(out), str(delay), mode, factory]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return start_python(CHILD, data, out, delay, mode, factory)
 
 
 def test_a_killed_run_resumes_to_the_same_bytes(tmp_path):
     # a graph is what could most easily differ
     factory = "HNSW16"
-    write_folder(tmp_path / "data", range(40))
-    (tmp_path / "data" / "class-1" / "005.png").write_bytes(b"broken")
-    (tmp_path / "data" / "class-2" / "038.png").write_bytes(b"")
+    write_numbers(tmp_path / "data", range(40))
+    (tmp_path / "data" / "class-1" / "05.png").write_bytes(b"broken")
+    (tmp_path / "data" / "class-2" / "38.png").write_bytes(b"")
     whole = build_index(FolderSource(tmp_path / "data"), FakeEmbedder(), tmp_path / "whole", factory=factory).path
     out = tmp_path / "parts"
     for mode, advances, number in (("new", 5, signal.SIGKILL), ("resume", 2, signal.SIGINT)):
@@ -361,10 +350,10 @@ def test_a_run_that_ends_while_it_writes_the_index_resumes_to_the_same_bytes(tmp
 
 def test_pending_files_that_are_left_over_are_not_written_over(tmp_path, monkeypatch):
     """An index was finished and its pending files not removed; one of them names only a broken file."""
-    write_folder(tmp_path / "data", range(3))
+    write_numbers(tmp_path / "data", range(3))
     build_index(FolderSource(tmp_path / "data"), FakeEmbedder(), tmp_path / "index")
-    write_folder(tmp_path / "data", range(3, 20))
-    broken = "class-0/018.png"
+    write_numbers(tmp_path / "data", range(3, 20))
+    broken = "class-0/18.png"
     (tmp_path / "data" / broken).write_bytes(b"")
     grown = FolderSource(tmp_path / "data")
     header = {"embedder": "fake-32", "digest": "f" * 64, "names": [], "skipped": [{"name": broken, "reason": "empty"}]}
@@ -386,7 +375,7 @@ def test_an_interrupted_run_keeps_its_factory_and_embedder(tmp_path, monkeypatch
         signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
-        build_index(toy_set(), FakeEmbedder(), tmp_path, factory="HNSW16", reporter=IndexReporter(advance=stop))
+        build_index(toy_set(), FakeEmbedder(), tmp_path, factory="HNSW16", reporter=Reporter(advance=stop))
     with pytest.raises(UsageError, match="--resume"):
         build_index(toy_set(), FakeEmbedder(), tmp_path)
     with pytest.raises(UsageError, match="got those of fake-32: resume with the same embedder"):
@@ -589,29 +578,19 @@ def test_faiss_says_why_it_cannot_search_on_a_gpu(monkeypatch):
     nearest.gpu_problem.cache_clear()
 
 
-def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of a command in this process."""
-    with pytest.raises(SystemExit) as caught:
-        main(["index", *map(str, arguments)])
-    out, err = capsys.readouterr()
-    return caught.value.code, out, err
-
-
 @pytest.fixture
 def fake_model(monkeypatch, tmp_path):
     """The command with a fake embedder, in an empty home."""
-    from fastmem.cli import index as command
-
-    monkeypatch.setattr(command, "find_embedder", lambda sscd, **options: (FakeEmbedder(), "a fake"))
+    monkeypatch.setattr("fastmem.stages.options.find_embedder", lambda sscd, **options: (FakeEmbedder(), "a fake"))
     monkeypatch.setenv("FASTMEM_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("FASTMEM_DATA", raising=False)
 
 
 def test_the_command_makes_extends_and_merges(capsys, tmp_path, fake_model):
-    write_folder(tmp_path / "data", range(15))
+    write_numbers(tmp_path / "data", range(15))
     (tmp_path / "data" / "class-0" / "bad.png").write_bytes(b"")
     arguments = ("--data", tmp_path / "data", "--out", tmp_path / "index", "--json")
-    code, out, err = run(capsys, *arguments)
+    code, out, err = run(capsys, "index", *arguments)
     assert code == 0, err
     document = json.loads(out)
     keys = "index images embedder factory bytes seconds images_per_second skipped recall"
@@ -620,15 +599,15 @@ def test_the_command_makes_extends_and_merges(capsys, tmp_path, fake_model):
     assert (document["factory"], document["recall"]) == ("Flat", 1.0)
     assert document["bytes"] == (tmp_path / "index" / "vectors-15.faiss").stat().st_size
     assert "embedding 16 images with fake-32, about 0 MB on disk, about 0 s at the measured speed" in err
-    assert run(capsys, *arguments)[0] == 2
-    write_folder(tmp_path / "data", range(15, 20))
-    code, out, err = run(capsys, *arguments, "--resume")
+    assert run(capsys, "index", *arguments)[0] == 2
+    write_numbers(tmp_path / "data", range(15, 20))
+    code, out, err = run(capsys, "index", *arguments, "--resume")
     assert (code, json.loads(out)["images"]) == (0, 20)
     assert "embedding 6 images (15 are done)" in err
-    write_folder(tmp_path / "more", range(30, 36))
-    assert run(capsys, "--data", tmp_path / "more", "--out", tmp_path / "two", "--factory", "HNSW16")[0] == 0
+    write_numbers(tmp_path / "more", range(30, 36))
+    assert run(capsys, "index", "--data", tmp_path / "more", "--out", tmp_path / "two", "--factory", "HNSW16")[0] == 0
     merging = ("--merge", tmp_path / "index", "--merge", tmp_path / "two", "--out", tmp_path / "merged")
-    code, out, err = run(capsys, *merging)
+    code, out, err = run(capsys, "index", *merging)
     assert code == 0, err
     assert "26 images as fake-32, Flat (exact)" in out
     assert "skipped class-0/bad.png" in err
@@ -636,12 +615,12 @@ def test_the_command_makes_extends_and_merges(capsys, tmp_path, fake_model):
 
 
 def test_without_data_the_named_or_the_embedded_images_are_taken(capsys, tmp_path, fake_model, monkeypatch):
-    code, out, err = run(capsys, "--json")
+    code, out, err = run(capsys, "index", "--json")
     assert code == 0, err
     assert json.loads(out)["images"] == 823
-    write_folder(tmp_path / "data", range(4))
+    write_numbers(tmp_path / "data", range(4))
     monkeypatch.setenv("FASTMEM_DATA", str(tmp_path / "data"))
-    assert json.loads(run(capsys, "--json")[1])["images"] == 4
+    assert json.loads(run(capsys, "index", "--json")[1])["images"] == 4
 
 
 COMMANDS = {
@@ -657,19 +636,19 @@ COMMANDS = {
 
 @pytest.mark.parametrize(("arguments", "code", "text"), COMMANDS.values(), ids=COMMANDS)
 def test_wrong_input_ends_with_one_sentence(capsys, tmp_path, fake_model, arguments, code, text):
-    write_folder(tmp_path / "data", range(4))
-    found, out, err = run(capsys, *(a.format(tmp=tmp_path) for a in arguments))
+    write_numbers(tmp_path / "data", range(4))
+    found, out, err = run(capsys, "index", *(a.format(tmp=tmp_path) for a in arguments))
     assert (found, out) == (code, "")
     assert text in err.strip().splitlines()[-1]
     assert err.strip().splitlines()[-1].startswith("fastmem: expected")
 
 
 def test_without_a_model_the_command_says_how_to_get_one(capsys, tmp_path, monkeypatch):
-    from fastmem.extraction import embedding
+    from fastmem.index import embedding
 
     monkeypatch.setenv("FASTMEM_HOME", str(tmp_path))
     monkeypatch.setattr(embedding, "find_spec", lambda name: None)
-    code, out, err = run(capsys)
+    code, out, err = run(capsys, "index")
     assert (code, out) == (2, "")
     assert "expected an SSCD model to embed images with, got none: no SSCD model" in err
-    assert run(capsys, "--sscd", tmp_path / "no.pt")[0] == 3
+    assert run(capsys, "index", "--sscd", tmp_path / "no.pt")[0] == 3

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from fastmem import ArraySource, InputFileError, UsageError, attribution
 from fastmem.data.decoding import DamagedImage
-from fastmem.mitigation.attribution import attribution_from_tokens, halves, loss_slopes, spread
+from fastmem.mitigation.attribution import attribution_from_tokens, halves, loss_slopes
 from fastmem.models.model import Model, to_unit_range
 from tests.conftest import build_case, make_toy_model, random_images
 
@@ -155,16 +155,6 @@ def test_attribution_reads_the_centre_views_of_the_named_images(toy_model, toy_s
     found = attribution(toy_model, toy_source, toy_source.ids[at], heldout, heldout_ids=heldout.ids[some])
     unseen = centre_tokens(toy_model, pixels[some]), torch.from_numpy(heldout.labels[some])
     torch.testing.assert_close(found, attribution_from_tokens(toy_model, tokens, labels, *unseen), rtol=1e-4, atol=1e-8)
-
-
-@pytest.mark.parametrize(("count", "most"), [(10, 3), (3, 10), (1000, 256), (7, 7), (0, 5), (2, 1)])
-def test_heldout_images_are_taken_evenly(count, most):
-    found = spread(count, most)
-    assert len(found) == min(count, most)
-    if count:
-        steps = np.diff(np.append(found, count))
-        assert steps.min() >= 1
-        assert steps.max() - steps.min() <= 1
 
 
 class Broken(ArraySource):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fastmem import FastmemError, InputFileError, UsageError, load_model, model_names
+from fastmem import FastmemError, InputFileError, UsageError, assemble, load_model, model_names
 from fastmem.models import registry
 from fastmem.models.checkpoints import build_networks, read_state
 from fastmem.models.fetch import fetch
@@ -121,6 +121,19 @@ def test_official_files_are_found_in_the_home_folder(files):
     os.replace(files[0], home / "small.bin")
     os.replace(files[1], home / "tokenizer.bin")
     assert load_model("small", device="cpu").num_classes == CLASSES
+
+
+def test_a_model_knows_the_files_that_the_user_named(files, monkeypatch):
+    home = SMALL.tokenizer_file.path.parent
+    home.mkdir(parents=True)
+    os.replace(files[1], home / "tokenizer.bin")
+    monkeypatch.chdir(files[0].parent)
+    model = load_model("small", files[0].name, device="cpu")
+    assert (model.checkpoint_file, model.tokenizer_file) == (files[0].absolute(), None)
+    again = load_model("small", files[0], home / "tokenizer.bin", device="cpu")
+    assert again.tokenizer_file == home / "tokenizer.bin"
+    together = assemble(model.generator, model.tokenizer)
+    assert (together.checkpoint_file, together.tokenizer_file) == (None, None)
 
 
 def test_edits_of_the_loaded_weights_do_not_reach_the_file(files):
@@ -236,22 +249,35 @@ def test_fetch_without_a_connection_says_where_to_put_the_file(monkeypatch):
     assert "\n" not in str(caught.value)
 
 
-def test_outside_packages_add_models_through_an_entry_point(monkeypatch):
+@pytest.fixture
+def outside_rows(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[ModelEntry]]:
+    """Rows that an installed package adds to the registry."""
+    rows: list[ModelEntry] = []
+
     class Point:
         value = "outside:rows"
 
         @staticmethod
         def load() -> Callable[[], list[ModelEntry]]:
-            return lambda: [SMALL]
+            return lambda: rows
 
     monkeypatch.undo()
     registry.entries.cache_clear()
     monkeypatch.setattr("fastmem.models.registry.metadata.entry_points", lambda group: [Point])
-    try:
-        assert model_names()[-1] == "small"
-        assert find_entry("small") is SMALL
-    finally:
-        registry.entries.cache_clear()
+    yield rows
+    registry.entries.cache_clear()
+
+
+def test_outside_packages_add_models_through_an_entry_point(outside_rows):
+    outside_rows.append(SMALL)
+    assert model_names()[-1] == "small"
+    assert find_entry("small") is SMALL
+
+
+def test_outside_packages_may_not_take_a_known_name(outside_rows):
+    outside_rows.append(make_entry("rar-b"))
+    with pytest.raises(UsageError, match="expected a new model name from outside:rows, got rar-b"):
+        model_names()
 
 
 def test_every_error_is_of_one_family_with_its_exit_code():

@@ -92,6 +92,19 @@ def test_reconstruction_equals_the_originals(case):
         np.testing.assert_allclose(rebuilt, expected, atol=ABSOLUTE, rtol=0)
 
 
+@pytest.mark.parametrize("name", ["rar-small", "var-small"])
+def test_half_precision_generators_give_float32_results(name):
+    model = build_case(name)
+    golden = np.load(GOLDEN / f"{name}.npz")
+    tokens, labels = int64(golden["tokens"]), int64(golden["labels"])
+    before = responses(model, tokens, labels)
+    model.generator.to(torch.bfloat16)
+    found = responses(model, tokens, labels)
+    assert found.dtype == model.logits(tokens, labels).dtype == torch.float32
+    torch.testing.assert_close(found, before, atol=0.15, rtol=0.1)
+    assert model.generate(labels, tokens[:, :5]).shape == tokens.shape
+
+
 OFFICIAL = {
     **dict.fromkeys(("rar-b", "rar-l", "rar-xl", "rar-xxl"), "maskgit-vqgan-imagenet-f16-256"),
     **dict.fromkeys(("var-d16", "var-d20", "var-d24", "var-d30"), "vae_ch160v4096z32"),

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import save_file
 
 import fastmem
-from fastmem.cli import main
+from fastmem.backends import plain
+from fastmem.backends.select import Backend
 from fastmem.models import registry
 from fastmem.models.checkpoints import build_networks
-from tests.conftest import random_images
+from tests.conftest import random_images, run, write_folder
 
 PACKAGE = Path(fastmem.__file__).parent
 # models/ holds the families; the demo trains the embedded ones
@@ -86,7 +86,7 @@ FAMILY = """
 from torch import nn
 import torch
 from fastmem.data.views import CenterCrop
-from fastmem.models.model import Model, Segment
+from fastmem.models.model import Model, Observation, Segment
 from fastmem.models.registry import ModelEntry, OfficialFile, Preset
 
 
@@ -139,11 +139,11 @@ class MixerModel(Model):
     def scaled_prefixes(self):
         return (0, 2)
 
-    def _responses(self, tokens, labels, spans, backend):
+    def _observe(self, tokens, labels, spans, fc1_response, with_logits):
         x, fc1 = self.generator.inputs(tokens, labels), self.generator.fc1
-        return backend.fc1_response(x, fc1.weight, fc1.bias, spans, "none")[1][:, None]
+        return Observation(fc1_response(x, fc1.weight, fc1.bias, spans, "none")[1][:, None])
 
-    def _generate(self, labels, tokens, lengths, preset, generator):
+    def _generate(self, labels, tokens, lengths, sampling):
         for step in range(int(lengths.min()), self.num_tokens):
             chosen = self.generator(tokens, labels)[:, step].argmax(-1)
             tokens[:, step] = torch.where(step < lengths, tokens[:, step], chosen)
@@ -183,20 +183,16 @@ def outside_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
     entry.generator_file.path.parent.mkdir(parents=True)
     for network, file in zip(build_networks(entry), (entry.generator_file, entry.tokenizer_file), strict=True):
         save_file(network.state_dict(), file.path)
-    for i, pixels in enumerate(random_images(9, 16)):
-        place = tmp_path / "data" / f"class-{i % 3}"
-        place.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels).save(place / f"{i}.png")
+    write_folder(tmp_path / "data", random_images(9, 16), classes=3)
     yield tmp_path
     registry.entries.cache_clear()
 
 
 def test_a_third_family_is_one_file_and_one_row(outside_package, capsys):
-    arguments = ["--data", str(outside_package / "data"), "--out", str(outside_package / "run")]
-    with pytest.raises(SystemExit) as caught:
-        main(["score", "--model", "mixer-1", *arguments, "--no-class-check", "--json"])
-    document = json.loads(capsys.readouterr().out)
-    assert caught.value.code == 0
+    arguments = ("--data", outside_package / "data", "--out", outside_package / "run", "--no-class-check", "--json")
+    code, out, err = run(capsys, "score", "--model", "mixer-1", *arguments)
+    assert code == 0, err
+    document = json.loads(out)
     assert (document["model"], document["images"], document["layers"], document["units"]) == ("mixer-1", 9, 1, 10)
     assert document["segments"] == ["first", "middle", "later"]
     names = ["unitmem-by-block.png", "top-images.png", "unitmem-by-segment.png"]
@@ -209,3 +205,34 @@ def test_a_third_family_is_one_file_and_one_row(outside_package, capsys):
     tokens = model.generate(torch.tensor([0, 2]), torch.zeros(2, 1, dtype=torch.int64))
     assert torch.equal(model.tokenize(model.decode(tokens)), tokens)
     assert fastmem.assemble(model.generator, model.tokenizer).num_classes == 3
+    tokens, labels = torch.arange(16).remainder(8).view(4, 4), torch.tensor([0, 2, 1, 1])
+    # its pass gives no logits, so they come from a pass of their own
+    found, outcomes = model.responses_and_outcomes(tokens, labels)
+    assert torch.equal(found, model.responses(tokens, labels))
+    assert torch.equal(outcomes.loss, model.outcomes(tokens, labels).loss)
+
+
+@pytest.mark.parametrize(
+    ("model", "segment", "alone", "with_logits"),
+    # positions of fc1's input in every block; a scale's pass ends with that scale
+    [("small_model", "last", [18, 18, 1], [18, 18, 18]), ("small_var", "scale2", [5, 4], [30, 30])],
+    ids=["rar", "var"],
+)
+def test_the_pass_runs_fc1_only_where_a_segment_or_the_logits_need_it(
+    model, segment, alone, with_logits, request, monkeypatch
+):
+    model, seen = request.getfixturevalue(model), []
+
+    def recorded(x, *arguments, **options):
+        seen.append(tuple(x.shape[:2]))
+        return plain.fc1_response(x, *arguments, **options)
+
+    tokens, labels = torch.zeros(3, model.num_tokens, dtype=torch.int64), torch.tensor([0, 4, 4])
+    backend = Backend("recorded", recorded)
+    model.responses(tokens, labels, [segment], backend)
+    assert seen == [(3, positions) for positions in alone]
+    seen.clear()
+    # logits of two images may be held at once
+    monkeypatch.setattr("fastmem.models.model.LOGITS", 2 * model.num_tokens * model.vocabulary)
+    model.responses_and_outcomes(tokens, labels, [segment], backend)
+    assert seen == [(rows, positions) for rows in (2, 1) for positions in with_logits]

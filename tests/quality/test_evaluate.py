@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,6 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_prc import calculate_precision_recall_full
 
 from fastmem import ArraySource, InputFileError, UsageError
-from fastmem.cli.evaluate import loss_groups
 from fastmem.data.decoding import DamagedImage
 from fastmem.data.manifest import Manifest
 from fastmem.data.views import CenterCrop
@@ -25,15 +24,15 @@ from fastmem.quality.features import Features, Reference, SSCDFeatures, compare_
 from fastmem.quality.frechet import FeatureMoments, Gaussian, frechet_distance
 from fastmem.quality.inception import InceptionFeatures, fetch_inception, find_inception
 from fastmem.quality.kernel import kernel_distance
-from fastmem.quality.losses import TEMPERATURES, mean_losses, read_true_images, spread
+from fastmem.quality.losses import TEMPERATURES, mean_losses, read_loss_images
 from fastmem.quality.reference import file_reference, read_reference
 from fastmem.quality.samples import even_classes, sample_labels, sample_shard
-from fastmem.quality.sampling import EvaluationReporter, EvaluationSettings
-from fastmem.stages.opened_run import open_run
-from tests.cli.test_cli import run
-from tests.cli.test_extract_command import scored  # noqa: F401 - a fixture
-from tests.conftest import make_toy_model, random_images
-from tests.index.test_index import FakeEmbedder
+from fastmem.quality.sampling import EvaluationSettings
+from fastmem.reporter import Reporter
+from fastmem.stages.evaluate import _loss_groups
+from fastmem.stages.opened_run import EditInForce, open_run
+from fastmem.tokens.true_images import spread
+from tests.conftest import FakeEmbedder, folder_bytes, make_toy_model, random_images, run
 
 RECIPE = CenterCrop(16)
 
@@ -88,10 +87,6 @@ def toy_evaluation(
     )
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
-
-
 LOST = {
     "tokens": ["tokens/000001.safetensors", "fake-32/000001.safetensors"],
     "features": ["fake-32/000000.safetensors", "fake-32/000003.safetensors"],
@@ -103,12 +98,12 @@ LOST = {
 @pytest.mark.parametrize("lost", LOST.values(), ids=LOST)
 def test_what_a_killed_run_lacks_is_made_again_to_the_byte(tmp_path, sscd, reference, lost):
     before = toy_evaluation(tmp_path, sscd, reference, pictures=True)
-    files = contents(tmp_path)
+    files = folder_bytes(tmp_path)
     for name in lost:
         (file,) = before.samples.path.glob(name)
         file.unlink()
     after = toy_evaluation(tmp_path, sscd, reference, pictures=True, resume=True)
-    assert contents(tmp_path) == files
+    assert folder_bytes(tmp_path) == files
     assert after.metrics == before.metrics
 
 
@@ -120,21 +115,19 @@ def test_an_interrupted_run_keeps_its_shards_and_goes_on(tmp_path, sscd, referen
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        toy_evaluation(tmp_path / "cut", sscd, reference, reporter=EvaluationReporter(advance=stop))
-    kept = contents(tmp_path / "cut")
+        toy_evaluation(tmp_path / "cut", sscd, reference, reporter=Reporter(advance=stop))
+    kept = folder_bytes(tmp_path / "cut")
     assert sum("tokens" in name for name in kept) == 1
     plans = []
-    after = toy_evaluation(
-        tmp_path / "cut", sscd, reference, resume=True, reporter=EvaluationReporter(planned=plans.append)
-    )
+    after = toy_evaluation(tmp_path / "cut", sscd, reference, resume=True, reporter=Reporter(planned=plans.append))
     assert (plans[0].samples, plans[0].done) == (23, 7)
     assert after.metrics == whole.metrics
-    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+    assert folder_bytes(tmp_path / "cut") == folder_bytes(tmp_path / "whole")
 
 
 def test_samples_in_memory_give_the_numbers_of_a_folder(tmp_path, sscd, reference, toy_source):
     model = make_toy_model()
-    losses = {"train": read_true_images(model, toy_source, Manifest.build(toy_source))}
+    losses = {"train": read_loss_images(model, toy_source, Manifest.build(toy_source))}
     groups = {"few": toy_source.ids[:3]}
     kept = toy_evaluation(tmp_path, sscd, reference, losses=losses, groups=groups)
     assert measure(model, sscd, reference, 23, 5, 7, losses, groups) == kept.metrics
@@ -175,7 +168,9 @@ def test_a_reference_that_was_cut_off_goes_on_with_the_parts_it_has(tmp_path, to
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        read_reference(toy_source, manifest, RECIPE, sscd, description="toys", cache=tmp_path, advance=stop)
+        read_reference(
+            toy_source, manifest, RECIPE, sscd, description="toys", cache=tmp_path, reporter=Reporter(advance=stop)
+        )
     embedder = FakeEmbedder()
     found = read_reference(toy_source, manifest, RECIPE, SSCDFeatures(embedder), description="toys", cache=tmp_path)
     np.testing.assert_array_equal(found.features.vectors, whole.features.vectors)
@@ -222,12 +217,12 @@ def test_images_that_cannot_be_read_are_no_reference_and_have_no_loss(toy_model,
     with pytest.raises(InputFileError, match="got 3 that cannot"):
         read_reference(source, manifest, RECIPE, sscd, description="broken")
     with pytest.raises(InputFileError, match="got 3 that cannot"):
-        read_true_images(toy_model, source, manifest)
+        read_loss_images(toy_model, source, manifest)
 
 
 def test_losses_are_means_over_images_and_over_groups(toy_model, toy_source):
     manifest = Manifest.build(toy_source)
-    images = read_true_images(toy_model, toy_source, manifest)
+    images = read_loss_images(toy_model, toy_source, manifest)
     logits = toy_model.logits(images.tokens, images.labels).double().log_softmax(-1)
     by_image = -logits.gather(-1, images.tokens[..., None])[..., 0].mean(1).numpy()
     chosen = np.array([1, 5, 22])
@@ -239,7 +234,7 @@ def test_losses_are_means_over_images_and_over_groups(toy_model, toy_source):
 
 
 def test_unseen_images_have_a_loss_at_their_best_temperature(toy_model, toy_source):
-    images = read_true_images(toy_model, toy_source, Manifest.build(toy_source))
+    images = read_loss_images(toy_model, toy_source, Manifest.build(toy_source))
     logits = toy_model.logits(images.tokens, images.labels).double()
 
     class Surer:
@@ -274,10 +269,9 @@ def test_unseen_images_have_a_loss_at_their_best_temperature(toy_model, toy_sour
 
 
 def test_a_capped_loss_takes_images_evenly(toy_model, toy_source):
-    images = read_true_images(toy_model, toy_source, Manifest.build(toy_source), most=5)
+    images = read_loss_images(toy_model, toy_source, Manifest.build(toy_source), most=5)
     assert images.count == 5
     assert images.labels.tolist() == [0, 0, 1, 3, 3]
-    assert spread(3, 10).tolist() == [0, 1, 2]
 
 
 @pytest.fixture(scope="module")
@@ -329,13 +323,12 @@ def test_a_kernel_distance_of_many_images_takes_them_evenly(monkeypatch):
     assert compare_by_kernel("kid", samples, Reference("few", "", Features(real.vectors[:8]))).notes == ()
 
 
-def test_losses_leave_out_what_an_edit_has_seen(scored):  # noqa: F811
-    opened = open_run(str(scored))
-    groups = loss_groups(opened)
+def test_losses_leave_out_what_an_edit_has_seen(tiny_run):
+    opened = open_run(str(tiny_run))
+    groups = _loss_groups(opened, EditInForce())
     assert not any(name.endswith("not-chosen-on") for name in groups)
     ids = {split: manifest.ids for split, manifest in opened.manifests.items()}
-    seen = replace(opened, chosen_on=ids["train"][:3], chosen_against=ids["heldout"][:2])
-    groups = loss_groups(seen)
+    groups = _loss_groups(opened, EditInForce("mine", "mine", ids["train"][:3], ids["heldout"][:2]))
     assert groups["train-not-chosen-on"].tolist() == ids["train"][3:].tolist()
     assert groups["heldout-not-chosen-on"].tolist() == ids["heldout"][2:].tolist()
 
@@ -450,7 +443,7 @@ def test_without_classes_of_a_reference_every_class_is_sampled(toy_model):
 def fake_sscd(monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("FASTMEM_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(
-        "fastmem.stages.quality_inputs.find_embedder", lambda *args, **kwargs: (FakeEmbedder(), "a fake SSCD model")
+        "fastmem.stages.options.find_embedder", lambda *args, **kwargs: (FakeEmbedder(), "a fake SSCD model")
     )
 
 
@@ -458,8 +451,8 @@ OF_HELDOUT = {"loss_heldout", "loss_heldout_tempered", "temperature_heldout"}
 KEYS = {"run", "edit", "samples", "metrics", "features", "reference"}
 
 
-def test_evaluate_writes_one_document_and_a_picture(capsys, scored, fake_sscd):  # noqa: F811
-    arguments = ("evaluate", "--run", scored, "--samples", 9, "--batch-size", 4, "--png", "--json")
+def test_evaluate_writes_one_document_and_a_picture(capsys, tiny_run, fake_sscd):
+    arguments = ("evaluate", "--run", tiny_run, "--samples", 9, "--batch-size", 4, "--png", "--json")
     code, out, err = run(capsys, *arguments)
     assert code == 0, err
     document = json.loads(out)
@@ -482,8 +475,8 @@ def test_evaluate_writes_one_document_and_a_picture(capsys, scored, fake_sscd): 
     assert "has this evaluation already" in err
 
 
-def test_evaluate_with_inception_weights(capsys, scored, inception_file):  # noqa: F811
-    arguments = ("evaluate", "--run", scored, "--samples", 11, "--batch-size", 6, "--inception", inception_file)
+def test_evaluate_with_inception_weights(capsys, tiny_run, inception_file):
+    arguments = ("evaluate", "--run", tiny_run, "--samples", 11, "--batch-size", 6, "--inception", inception_file)
     code, out, err = run(capsys, *arguments, "--features", "inception", "--json")
     assert code == 0, err
     document = json.loads(out)
@@ -493,44 +486,45 @@ def test_evaluate_with_inception_weights(capsys, scored, inception_file):  # noq
     assert "fid" not in document["metrics"]
     assert any(note.startswith("no fid: expected at least 2049 images") for note in document["notes"])
     # the samples are there: only the reference is another
-    statistics = scored / "statistics.npz"
+    statistics = tiny_run / "statistics.npz"
     np.savez(statistics, mu=np.zeros(2048), sigma=np.eye(2048))
     code, out, err = run(capsys, *arguments, "--features", "inception", "--reference", statistics, "--json")
     assert code == 0, err
     assert {"is", "is-std"} <= set(json.loads(out)["metrics"])
 
 
-def test_training_images_as_a_reference_are_said_to_reward_copying(capsys, scored, fake_sscd):  # noqa: F811
-    for i, reference in enumerate(("train", scored.parent / "train")):
-        code, out, err = run(capsys, "evaluate", "--run", scored, "--samples", 4, "--seed", i, "--reference", reference)
+def test_training_images_as_a_reference_are_said_to_reward_copying(capsys, tiny_run, fake_sscd):
+    for i, reference in enumerate(("train", tiny_run.parent / "train")):
+        options = ("--samples", 4, "--seed", i, "--reference", reference)
+        code, out, err = run(capsys, "evaluate", "--run", tiny_run, *options)
         assert code == 0, err
         assert "samples that copy them score better" in err
         assert "kd-sscd" in out
 
 
-def test_an_edit_is_evaluated_beside_the_unedited_model(capsys, scored, fake_sscd):  # noqa: F811
-    code, _, err = run(capsys, "mitigate", "--run", scored, "--top", "20%", "--factor", "0", "--name", "half")
+def test_an_edit_is_evaluated_beside_the_unedited_model(capsys, tiny_run, fake_sscd):
+    code, _, err = run(capsys, "mitigate", "--run", tiny_run, "--top", "20%", "--factor", "0", "--name", "half")
     assert code == 0, err
     documents = []
     for edit in ((), ("--edit", "half")):
-        code, out, err = run(capsys, "evaluate", "--run", scored, "--samples", 4, *edit, "--json")
+        code, out, err = run(capsys, "evaluate", "--run", tiny_run, "--samples", 4, *edit, "--json")
         assert code == 0, err
         documents.append(json.loads(out))
     assert [d["edit"] for d in documents] == [None, "half"]
     # what an edit does not protect is said with every result of one, and with no other
     assert ["not released weights" in d.get("caution", "") for d in documents] == [False, True]
     assert "not released weights" in err
-    code, _, err = run(capsys, "evaluate", "--run", scored, "--samples", 4, "--loss-images", 3)
+    code, _, err = run(capsys, "evaluate", "--run", tiny_run, "--samples", 4, "--loss-images", 3)
     assert code == 0, err
     assert "all 4 samples are there already" in err
     assert documents[0]["metrics"]["loss_train"] != documents[1]["metrics"]["loss_train"]
     assert documents[0]["sample_folder"] != documents[1]["sample_folder"]
 
 
-def test_without_a_network_only_losses_are_taken(capsys, scored, monkeypatch, tmp_path):  # noqa: F811
+def test_without_a_network_only_losses_are_taken(capsys, tiny_run, monkeypatch, tmp_path):
     monkeypatch.setenv("FASTMEM_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr("fastmem.stages.quality_inputs.find_embedder", lambda *args, **kwargs: (None, "no SSCD model"))
-    code, out, err = run(capsys, "evaluate", "--run", scored, "--json")
+    monkeypatch.setattr("fastmem.stages.options.find_embedder", lambda *args, **kwargs: (None, "no SSCD model"))
+    code, out, err = run(capsys, "evaluate", "--run", tiny_run, "--json")
     assert code == 0, err
     document = json.loads(out)
     assert (document["samples"], document["features"], document["reference"]) == (0, [], None)
@@ -552,24 +546,24 @@ ROWS = {
 
 
 @pytest.mark.parametrize(("arguments", "code", "text"), ROWS.values(), ids=ROWS)
-def test_wrong_input_ends_with_one_sentence(capsys, scored, fake_sscd, tmp_path, arguments, code, text):  # noqa: F811
+def test_wrong_input_ends_with_one_sentence(capsys, tiny_run, fake_sscd, tmp_path, arguments, code, text):
     arguments = [a.format(tmp=tmp_path) for a in arguments]
-    given = () if "--run" in arguments else ("--run", scored)
+    given = () if "--run" in arguments else ("--run", tiny_run)
     found, out, err = run(capsys, "evaluate", *given, *arguments, "--samples", 4)
     assert (found, out) == (code, "")
     assert text in err.strip().splitlines()[-1]
 
 
-def test_an_sscd_model_that_is_asked_for_and_missing_is_an_error(capsys, scored, monkeypatch):  # noqa: F811
-    monkeypatch.setattr("fastmem.stages.quality_inputs.find_embedder", lambda *args, **kwargs: (None, "no SSCD model"))
-    code, _, err = run(capsys, "evaluate", "--run", scored, "--features", "sscd")
+def test_an_sscd_model_that_is_asked_for_and_missing_is_an_error(capsys, tiny_run, monkeypatch):
+    monkeypatch.setattr("fastmem.stages.options.find_embedder", lambda *args, **kwargs: (None, "no SSCD model"))
+    code, _, err = run(capsys, "evaluate", "--run", tiny_run, "--features", "sscd")
     assert code == 2
     assert "expected an SSCD model for --features sscd" in err
 
 
-def test_a_run_without_heldout_images_needs_a_reference(capsys, scored, fake_sscd, tmp_path):  # noqa: F811
+def test_a_run_without_heldout_images_needs_a_reference(capsys, tiny_run, fake_sscd, tmp_path):
     arguments = ("score", "--model", "rar-tiny", "--views", "center", "--no-class-check", "--out", tmp_path / "run")
-    code, _, err = run(capsys, *arguments, "--data", scored.parent / "train")
+    code, _, err = run(capsys, *arguments, "--data", tiny_run.parent / "train")
     assert code == 0, err
     code, _, err = run(capsys, "evaluate", "--run", tmp_path / "run", "--samples", 4)
     assert code == 2

@@ -14,8 +14,8 @@ from fastmem.data.manifest import Manifest
 from fastmem.ranking.ownership import group_shares, pooled_owned
 from fastmem.ranking.selection import matched_to
 from tests.conftest import random_images
-from tests.ranking.test_selection import build_wide, literal_scores, wide
-from tests.stats.test_stats import build, make_data, take
+from tests.ranking.conftest import build_wide, literal_scores, wide
+from tests.stats.conftest import build, make_data, take
 
 
 def paired(seed: int, images: int = 48) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:

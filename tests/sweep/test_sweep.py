@@ -15,10 +15,10 @@ from scipy.stats import ttest_1samp
 from fastmem import UsageError
 from fastmem.errors import InputFileError
 from fastmem.report.sweep_pictures import draw_sweep
+from fastmem.reporter import Reporter
 from fastmem.sweep.bootstrap import Outcomes, equal_quality, equal_quality_bootstrap, holm, paired_bootstrap
 from fastmem.sweep.comparisons import EQUAL_QUALITY
-from fastmem.sweep.findings import Findings, find, write_table
-from fastmem.sweep.pareto import pareto_front
+from fastmem.sweep.findings import Findings, find, pareto_front, write_sweep_table
 from fastmem.sweep.plan import NO_EDIT, Row, SweepSettings, plan_hash, plan_rows
 from fastmem.sweep.search import (
     CONFIRMED,
@@ -31,8 +31,7 @@ from fastmem.sweep.search import (
     recipes,
     search,
 )
-from fastmem.sweep.table import Measured, RowUnavailable, SweepPlan, SweepReporter, Table, measure_rows
-from fastmem.sweep.targets import TargetSet
+from fastmem.sweep.table import Measured, RowUnavailable, SweepPlan, Table, TargetSet, measure_rows
 
 TARGETS = 40
 # extracted targets of an edit fall with fraction x strength, its cost rises with fraction x price
@@ -95,7 +94,7 @@ SMALL = SweepSettings(0.05, (0.01, 0.05), (0.5,), ("unitmem", "attribution", "ra
 
 def sweep_small(tmp_path, settings: SweepSettings = SMALL, bench: FakeBench | None = None) -> Findings:
     table = Table(tmp_path / "rows", bench or FakeBench())
-    return find(measure_rows(table, plan_rows(settings), SweepReporter()), target_set(), "kd-sscd")
+    return find(measure_rows(table, plan_rows(settings), Reporter()), target_set(), "kd-sscd")
 
 
 def test_the_plan_is_every_row_once_in_a_fixed_order():
@@ -139,19 +138,21 @@ def test_an_interrupted_sweep_goes_on_and_repeats_no_finished_row(tmp_path):
     rows = plan_rows(SMALL)
     first = FakeBench(stop_after=3)
     with pytest.raises(KeyboardInterrupt):
-        measure_rows(Table(tmp_path / "rows", first), rows, SweepReporter())
+        measure_rows(Table(tmp_path / "rows", first), rows, Reporter())
     # five seeds of no edit need one attack
     assert first.attacked == [rows[0], *rows[5:7]]
     assert first.sampled == list(rows[:7])
     second, plans, advanced = FakeBench(), [], []
-    again = measure_rows(Table(tmp_path / "rows", second), rows, SweepReporter(plans.append, advanced.append))
+    again = measure_rows(
+        Table(tmp_path / "rows", second), rows, Reporter(planned=plans.append, advance=advanced.append)
+    )
     assert second.sampled == list(rows[7:])
     assert second.attacked == [row for row in rows[7:] if row.drawn or not row.seed]
     assert (plans[0].rows, plans[0].done, sum(advanced)) == (len(rows), 7, len(rows))
     third = FakeBench()
-    assert [m.row for m in measure_rows(Table(tmp_path / "rows", third), rows, SweepReporter())] == list(rows)
+    assert [m.row for m in measure_rows(Table(tmp_path / "rows", third), rows, Reporter())] == list(rows)
     assert third.attacked == third.sampled == []
-    whole = measure_rows(Table(tmp_path / "whole", FakeBench()), rows, SweepReporter())
+    whole = measure_rows(Table(tmp_path / "whole", FakeBench()), rows, Reporter())
     for resumed, undisturbed in zip(again, whole, strict=True):
         np.testing.assert_array_equal(resumed.similarity, undisturbed.similarity)
         assert resumed.metrics == undisturbed.metrics
@@ -181,7 +182,7 @@ def test_a_selection_that_cannot_be_made_is_a_row_with_its_reason(tmp_path):
     assert len(records) == 8
     assert all(r["missing"].startswith("expected fewer units") and r["extracted"] is None for r in records)
     assert not any(c.rival == "matched" for c in found.comparisons)
-    write_table(tmp_path / "sweep.parquet", found)
+    write_sweep_table(tmp_path / "sweep.parquet", found)
     table = pyarrow.parquet.read_table(tmp_path / "sweep.parquet").to_pylist()
     assert sum(row["kd-sscd"] is None for row in table) == 8
 
@@ -213,7 +214,7 @@ def test_findings_count_reported_targets_and_compare_with_means_over_seeds(tmp_p
 
 def test_the_table_and_the_picture_hold_every_row(tmp_path):
     found = sweep_small(tmp_path)
-    write_table(tmp_path / "sweep.parquet", found)
+    write_sweep_table(tmp_path / "sweep.parquet", found)
     table = pyarrow.parquet.read_table(tmp_path / "sweep.parquet").to_pylist()
     assert len(table) == len(plan_rows(SMALL))
     assert [row["pareto"] for row in table] == [i in found.pareto for i in range(len(table))]
@@ -400,7 +401,7 @@ def test_the_search_finds_the_smallest_fraction_and_measures_only_its_quality(tm
     plain, best = Row("unitmem", 0.0, 0.5), Row("attribution", 0.0, 0.5)
     rows = [plain, best, Row("lowest", 0.0, 0.5)]
     advanced = []
-    found = search(Table(tmp_path, bench), target_set(), 0.5, "kd-sscd", rows, advanced.append)
+    found = search(Table(tmp_path, bench), target_set(), 0.5, "kd-sscd", rows, Reporter(advance=advanced.append))
     # targets fall by 4 x strength x fraction x 0.5: half of them are gone at 1/8 and 1/16
     assert [(r.row.by, r.row.fraction) for r in found] == [("attribution", 0.07), ("unitmem", 0.15)]
     assert found[0].cost == pytest.approx(0.5 * 0.07 * 0.5)
@@ -482,7 +483,7 @@ def test_the_time_that_is_told_is_of_the_rows_that_are_left(tmp_path):
     table = Table(tmp_path, FakeBench())
     first = Measured(NO_EDIT, np.zeros((2, TARGETS), np.float32), {"kd-sscd": 0.0}, 0, 2.0)
     first.save(table.file(NO_EDIT))
-    measure_rows(table, rows, SweepReporter(planned=plans.append))
+    measure_rows(table, rows, Reporter(planned=plans.append))
     assert plans == [SweepPlan(len(rows), 1, 2.0 * (len(rows) - 1))]
 
 

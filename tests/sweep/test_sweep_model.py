@@ -21,6 +21,7 @@ from fastmem.mitigation.scaling import scale_units
 from fastmem.models.model import Model
 from fastmem.quality.features import SSCDFeatures
 from fastmem.ranking.selection import Selection
+from fastmem.reporter import Reporter
 from fastmem.sweep.model_bench import graded_factors
 from fastmem.sweep.plan import NO_EDIT, Row
 from fastmem.sweep.prepare import BenchSettings, Prepared, prepare
@@ -188,7 +189,7 @@ def test_what_units_are_chosen_by_is_never_reported(model, sources, monkeypatch)
     assert len(unseen) == 8
     all_unseen = find_targets(
         model, sources["heldout"], Manifest.build(sources["heldout"]), np.zeros(16), np.arange(16)
-    )[0]
+    )
     other = [i for i, row in enumerate(all_unseen.tokens) if not (row == unseen).all(1).any()]
     expected = model.outcomes(all_unseen.tokens[other], torch.from_numpy(all_unseen.labels[other])).loss.double().mean()
     metrics = bench.quality(0)
@@ -207,7 +208,7 @@ def test_all_targets_are_reported_where_no_units_are_chosen_by_them(model, sourc
 
 def test_quality_of_samples_is_a_metric_with_an_embedder(model, sources, tmp_path):
     embedder = FakeEmbedder()
-    given = {"judge": SSCDJudge(embedder), "extractor": SSCDFeatures(embedder), "cache": tmp_path}
+    given = {"judge": SSCDJudge(embedder), "extractor": SSCDFeatures(embedder), "features": tmp_path}
     first = make_bench(model, sources, **given).bench.quality(0)
     assert {"kd-sscd", "loss_heldout", "loss_targets"} <= set(first)
     assert list(tmp_path.iterdir())
@@ -350,7 +351,7 @@ def test_edits_are_attacked_once(model, sources, tmp_path):
     rows = [Row("random", 0.1, 0.5), Row("lowest", 0.1, 0.5)]
     advanced: list[int] = []
     first = attack_edits_again(lambda: attacker, rows[:1], made.bench, tmp_path)
-    both = attack_edits_again(lambda: attacker, rows, made.bench, tmp_path, advanced.append)
+    both = attack_edits_again(lambda: attacker, rows, made.bench, tmp_path, Reporter(advance=advanced.append))
     # what is there needs no attacker
     again = attack_edits_again(None, rows, made.bench, tmp_path)
     assert sum(advanced) == 24

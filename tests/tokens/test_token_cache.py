@@ -15,15 +15,15 @@ import torch
 from PIL import Image
 
 from fastmem import ArraySource, FolderSource, UsageError, ZipSource, score
-from fastmem.cli.progress import describe
 from fastmem.data.manifest import Manifest
 from fastmem.data.sources import ImageSource
 from fastmem.data.views import Joined, TenCrop
-from fastmem.scoring.settings import Reporter, ScorePlan
+from fastmem.reporter import Reporter
+from fastmem.scoring.plan import ScorePlan
 from fastmem.tokens import cache as token_cache
 from fastmem.tokens.cache import TokenCache
 from fastmem.tokens.encoding import TokenBatch, tokens_of
-from tests.conftest import random_images
+from tests.conftest import random_images, write_folder
 
 BATCHES = [np.arange(0, 5), np.arange(5, 9), np.arange(9, 13)]
 
@@ -31,11 +31,7 @@ BATCHES = [np.arange(0, 5), np.arange(5, 9), np.arange(9, 13)]
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """13 pictures of 20 px in 2 classes."""
-    for i, pixels in enumerate(random_images(13, 20)):
-        place = tmp_path / "data" / f"class-{i % 2}"
-        place.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels).save(place / f"{i:02d}.png")
-    return tmp_path / "data"
+    return write_folder(tmp_path / "data", random_images(13, 20))
 
 
 @pytest.fixture
@@ -275,7 +271,7 @@ def test_scores_are_the_same_bits_with_and_without_a_cache(folder, toy_model, tm
         if per_image:
             assert np.array_equal(found.train_losses.loss, plain.train_losses.loss)
     assert [plan.tokens.stored for plan in plans] == [0.0, 1.0]
-    assert f"of tokens in {tmp_path / 't'} (100% of them there)" in describe(plans[1])
+    assert f"of tokens in {tmp_path / 't'} (100% of them there)" in str(plans[1])
     stored = sum(file.stat().st_size for file in (tmp_path / "t").rglob("*.safetensors"))
     # beside the rows, each shard has a header
     assert plans[0].tokens.total_bytes < stored < plans[0].tokens.total_bytes + 1000 * len(plans[0].tokens.folder.parts)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fastmem.cli.sweep_output import row_table, search_sentence, told_comparisons
+from fastmem.report.sweep_tables import row_table, search_sentence, told_comparisons
 from fastmem.sweep.plan import NO_EDIT, Row
 
 

@@ -1,12 +1,11 @@
-"""A sweep in words."""
+"""A sweep as text: its rows, comparisons, what a search reached, and attacks on its edits."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import click
 import numpy as np
 
 from fastmem.extraction.verdicts import Count
@@ -19,34 +18,12 @@ STANDS_OUT = 0.05
 ROW_FIELDS = tuple(Row.__dataclass_fields__)
 
 
-def print_document(document: dict[str, Any]) -> None:
-    """Counts and costs of every row, comparisons, what a search reached, re-attacks."""
-    targets = f"{document['reported_targets']:,} of {document['targets']:,} targets"
-    click.echo(f"counts are of the {targets} that no units were chosen by, judged by {document['judge']}\n")
-    if "reached" in document:
-        click.echo(search_table(document) + "\n\n" + search_sentence(document))
-    else:
-        click.echo(row_table(document))
-    if document["comparisons"]:
-        shown = told_comparisons(document["comparisons"])
-        click.echo("\n" + comparison_table(shown))
-        if len(shown) < len(document["comparisons"]):
-            click.echo(f"\n{len(document['comparisons']) - len(shown)} more comparisons are in sweep.json")
-    for found in document["re_attacks"]:
-        click.echo("\n" + attack_table(found))
-    kept = [r["edit"] for r in document.get("reached", ()) if r["edit"]]
-    if kept:
-        click.echo("\nedits of the run, for --edit:\n" + "\n".join(kept))
-    for path in (*document.get("tables", ()), *document.get("pictures", ())):
-        click.echo(path)
-
-
 def row_of(record: dict[str, Any]) -> Row:
     """The plan's row of a record."""
     return Row(**{name: record[name] for name in ROW_FIELDS})
 
 
-def row_table(document: dict[str, Any]) -> str:
+def row_table(document: Mapping[str, Any]) -> str:
     """A line for every edit; drawn ones as the mean over their seeds, with the lowest and the highest."""
     cost, total = document["cost"], document["reported_targets"]
     seeds: dict[str, list[dict[str, Any]]] = defaultdict(list)
@@ -96,7 +73,7 @@ def comparison_table(comparisons: Sequence[dict[str, Any]]) -> str:
     return markdown_table(head, body)
 
 
-def search_table(document: dict[str, Any]) -> str:
+def search_table(document: Mapping[str, Any]) -> str:
     """A line for every recipe that reached the reduction, cheapest first."""
     body = [
         (
@@ -120,7 +97,7 @@ def interval_text(estimate: dict[str, float]) -> str:
     return f"{estimate['value']:+.4f} ({estimate['low']:+.4f} to {estimate['high']:+.4f})"
 
 
-def search_sentence(document: dict[str, Any]) -> str:
+def search_sentence(document: Mapping[str, Any]) -> str:
     """Whether anything beats plain halving by UnitMem at the same reduction, by samples that it was not chosen by."""
     plain, reached = document["plain_halving"], document["reached"]
     if plain is None:

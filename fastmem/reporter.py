@@ -1,0 +1,79 @@
+"""How long work tells what it is about to do and how far it is; every stage takes one reporter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+
+class Plan(Protocol):
+    """What a piece of work will take; ``str(plan)`` is one line for people, empty where there is nothing to say.
+
+    total: how many things will be done; things: what they are, in the plural, such as "images".
+    """
+
+    @property
+    def total(self) -> int: ...
+
+    @property
+    def things(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Work:
+    """A plan that is only a count.
+
+    total: how many things will be done; things: what they are, in the plural; sentence: one line about them.
+    """
+
+    total: int
+    things: str = "images"
+    sentence: str = ""
+
+    def __str__(self) -> str:
+        return self.sentence
+
+
+def _nothing(*arguments: Any) -> None:
+    """What a reporter does that nobody listens to."""
+
+
+@dataclass(frozen=True)
+class Reporter:
+    """Functions that long work calls while it runs; by default they do nothing.
+
+    note: gets one sentence that a person should read; planned: gets the plan of each piece of work before it starts,
+    several in turn where a stage does several; advance: gets how many more things of the latest plan are done.
+    """
+
+    note: Callable[[str], None] = field(default=_nothing)
+    planned: Callable[[Plan], None] = field(default=_nothing)
+    advance: Callable[[int], None] = field(default=_nothing)
+
+
+SILENT = Reporter()
+
+
+def count_of(number: int, thing: str) -> str:
+    """A number with its noun: ``1 image``, ``2,000 images``."""
+    return f"{number:,} {thing}" + "s" * (number != 1)
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    if seconds < 90 * 60:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 48 * 3600 else f"{seconds / 86400:.1f} days"
+
+
+def time_left(seconds: float | None) -> str:
+    """The end of a plan's sentence: how long the work will take; empty where no speed was measured."""
+    return "" if seconds is None else f", about {duration(seconds)} at the measured speed"
+
+
+def size(count: int) -> str:
+    """Bytes in words."""
+    return f"{count / 1e6:.0f} MB" if count < 1e9 else f"{count / 1e9:.1f} GB"

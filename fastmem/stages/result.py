@@ -1,0 +1,37 @@
+"""What every stage after scoring gives back: a document, and where the stage's files lie."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, eq=False)
+class StageResult:
+    """What a stage found.
+
+    Attributes:
+        path: the stage's folder or file.
+        document: what the command prints with ``--json``.
+    """
+
+    path: Path
+    document: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """What the command prints with ``--json``."""
+        return dict(self.document)
+
+
+def settings_document(settings: Any) -> dict[str, Any]:
+    """A frozen dataclass of settings as JSON has it, with lists for tuples."""
+    return json.loads(json.dumps(asdict(settings)))
+
+
+def settings_digest(document: Mapping[str, Any]) -> str:
+    """Eight hexadecimal digits that tell settings from others, for names of files."""
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:8]
