@@ -33,6 +33,7 @@ test-heavy: setup
 lint: setup
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
 
 # BENCH=--quick leaves out those of more than 10 minutes; BENCH="hooks memory" runs these
 bench: setup

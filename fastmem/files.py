@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and read with their header checked."""
+"""Write files so that none is ever half written, and read them with a check of their format."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from fastmem.errors import InputFileError, UsageError
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` make a file beside ``path``, then rename it into place.
+    """Write a file completely or not at all.
+
+    ``write`` is called with a temporary path in the same folder, and the file it makes there is renamed to ``path``.
 
     Raises: UsageError where the folder cannot be written.
     """
@@ -20,7 +22,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(partial)
-        # some writers make files that only their owner can read
+        # some libraries make files that only their owner can read, so the usual permissions are set
         umask = os.umask(0)
         os.umask(umask)
         partial.chmod(0o666 & ~umask)
@@ -30,19 +32,25 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             f"expected to be able to write {path}, got {error.strerror or error}: choose another --out or make room"
         ) from error
     finally:
-        # after an error the place may not even be a folder
+        # after an error the temporary file may not exist, or something else may be in its place
         if partial.is_file():
             partial.unlink()
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
-    """Write a JSON document."""
+    """Write a JSON document to ``path``, completely or not at all.
+
+    Raises: UsageError where the folder cannot be written.
+    """
     text = json.dumps(document, indent=2) + "\n"
     write_atomically(path, lambda partial: partial.write_text(text))
 
 
 def read_json(path: Path, schema: str) -> dict[str, Any]:
-    """A JSON document that names its ``schema``. Raises: InputFileError for a missing, damaged or foreign file."""
+    """Read a JSON document and check that its entry "schema" is ``schema``.
+
+    Raises: InputFileError where the file is missing, is not JSON or has another schema.
+    """
     try:
         document = json.loads(path.read_text())
     except FileNotFoundError as error:
@@ -56,19 +64,30 @@ def read_json(path: Path, schema: str) -> dict[str, Any]:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Any], schema: str, header: Mapping[str, Any]) -> None:
-    """Write tensors as safetensors; ``header`` (JSON values) and the schema go into the file's metadata."""
+    """Write tensors to a safetensors file, completely or not at all.
+
+    Args:
+        path: the file.
+        tensors: tensors of any shape and dtype, by name.
+        schema: name and version of the file's format; `read_tensors` checks it.
+        header: more values for the file's metadata, which JSON can hold.
+
+    Raises: UsageError where the folder cannot be written.
+    """
     from safetensors.torch import save_file
 
-    # one entry only: the library may write several in any order, and equal results must be equal bytes
+    # a single entry: the library writes several in any order, and equal contents must make equal files
     metadata = {"fastmem": json.dumps({"schema": schema, **header})}
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     write_atomically(path, lambda partial: save_file(contiguous, partial, metadata))
 
 
 def write_table(path: Path, columns: Mapping[str, Any] | Any, metadata: Mapping[str, str] | None = None) -> None:
-    """Write a parquet table: columns by name, or a pyarrow table; ``metadata`` goes into its schema.
+    """Write a parquet file, completely or not at all.
 
-    Raises: UsageError where the place cannot be written.
+    ``columns`` holds the columns by name or is a pyarrow table; ``metadata`` replaces the metadata of its schema.
+
+    Raises: UsageError where the folder cannot be written.
     """
     import pyarrow
     from pyarrow import parquet
@@ -80,7 +99,10 @@ def write_table(path: Path, columns: Mapping[str, Any] | Any, metadata: Mapping[
 
 
 def read_tensors(path: Path, schema: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Tensors and header of a safetensors file. Raises: InputFileError for a missing, damaged or foreign file."""
+    """Return the tensors and the header of a file that `write_tensors` wrote with the same ``schema``.
+
+    Raises: InputFileError where the file is missing, is damaged or has another schema.
+    """
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():

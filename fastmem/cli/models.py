@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from fastmem.cli.command import command as make_command
@@ -13,7 +15,7 @@ from fastmem.models.registry import entries
 @JSON
 def command(as_json: bool) -> None:
     """Lists the models, where their files are, and what is missing."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for entry in entries().values():
         files = (entry.generator_file, entry.tokenizer_file)
         rows.append(

@@ -41,9 +41,15 @@ EDIT = option(
 )
 
 
-def model_option(help_text: str = "Name of the model; `fastmem models` lists them.", required: bool = True) -> Any:
+def model_option() -> Decorator:
     """--model."""
-    return option("--model", required=required, metavar="NAME", group=WEIGHTS, help=help_text)
+    return option(
+        "--model",
+        required=True,
+        metavar="NAME",
+        group=WEIGHTS,
+        help="Name of the model; `fastmem models` lists them.",
+    )
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from fastmem.models.registry import LARGE_EXAMPLE, SMALL_EXAMPLE, find_entry
 from fastmem.report.score_report import ScoreFindings
 from fastmem.runs.folder import default_folder
 from fastmem.stages.opened_run import open_sources
-from fastmem.stages.score import score
+from fastmem.stages.score import ScoredRun, score
 
 PRINTED_UNITS, PRINTED_SKIPPED = 10, 5
 SCORES, RESULT = "What is measured", "The result"
@@ -152,6 +152,8 @@ def command(
             check_classes=not no_class_check,
             reporter=reporter,
         )
+    # a pass with a run folder leaves a document
+    assert isinstance(found, ScoredRun)
     print_score(found.document, found.findings, as_json)
 
 

@@ -1,4 +1,4 @@
-"""Turning untrusted image bytes into RGB pictures, within limits."""
+"""Decode image files from untrusted sources as RGB pictures of limited size."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from fastmem.errors import InputFileError
 
 MAX_PIXELS = 100_000_000
 SUFFIXES = frozenset((".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"))
-# pillow would otherwise try every format it knows, among them ones that start other programs (EPS)
+# without this list pillow tries every format it knows, and for some (EPS) it starts other programs
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """One file that takes no part, with its ``class/name`` and the reason."""
+    """A file that was left out: its name, ``class/name``, and the reason."""
 
     name: str
     reason: str
 
 
 class DamagedImage(InputFileError):
-    """An image that cannot be used; ``reason`` says why and ``name`` which one, where that is known."""
+    """An image that cannot be used: ``reason`` says why, and ``name`` is its ``class/name`` or empty if unknown."""
 
     def __init__(self, reason: str, name: str = "") -> None:
         super().__init__(reason, name)
@@ -37,10 +37,12 @@ class DamagedImage(InputFileError):
 
 
 def check_pixels(width: int, height: int, name: str = "") -> None:
-    """Refuse a picture size that is empty or above the limit of 100 million pixels.
+    """Raise an error for a picture without pixels or with more than 100 million of them.
+
+    ``width`` and ``height`` are in pixels, and ``name`` names the picture in the message.
 
     Raises:
-        DamagedImage: ``width`` x ``height`` is out of bounds.
+        DamagedImage: the picture is empty or too large.
     """
     if width < 1 or height < 1:
         raise DamagedImage(f"empty: {width}x{height} pixels", name)
@@ -49,10 +51,10 @@ def check_pixels(width: int, height: int, name: str = "") -> None:
 
 
 def decode(file: BinaryIO, name: str = "") -> Image.Image:
-    """Decode the first frame of an image file as RGB.
+    """Decode the first frame of an image file as RGB; ``name`` names the image in error messages.
 
-    The conversion is Pillow's ``convert("RGB")`` and EXIF orientation is ignored, as in the published pipelines: alpha
-    is dropped, not composited, and 16-bit grey is cut to 8 bits as Pillow does it.
+    As in the published training code, Pillow's ``convert("RGB")`` is used and EXIF orientation is ignored. It drops
+    an alpha channel without blending and reduces 16-bit grey to 8 bits.
 
     Raises:
         DamagedImage: the file is empty, not an image, truncated, damaged, or above the pixel limit.
@@ -61,7 +63,7 @@ def decode(file: BinaryIO, name: str = "") -> Image.Image:
         if not file.read(1):
             raise DamagedImage("empty file", name)
         file.seek(0)
-        # pillow warns about odd metadata and at a pixel limit of its own; neither changes the pixels
+        # pillow warns about odd metadata and about a pixel limit of its own, which do not change the pixels
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(file, formats=FORMATS) as image:
@@ -73,6 +75,6 @@ def decode(file: BinaryIO, name: str = "") -> Image.Image:
         raise DamagedImage(f"not an image that can be read (expected {', '.join(FORMATS)})", name) from error
     except Image.DecompressionBombError as error:
         raise DamagedImage(f"huge: more than {MAX_PIXELS} pixels", name) from error
-    # decoders raise whatever the damage makes them trip over, from SyntaxError to MemoryError
+    # on a damaged file pillow's decoders raise exceptions of many kinds, from SyntaxError to MemoryError
     except Exception as error:
         raise DamagedImage(f"damaged: {error or type(error).__name__}", name) from error

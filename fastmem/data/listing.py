@@ -1,4 +1,4 @@
-"""Listing a folder or a zip file of images: what is where, what is skipped and why, and the order of the classes."""
+"""List the images of a folder or a zip file by class, with the files that are left out and the reason for each."""
 
 from __future__ import annotations
 
@@ -13,13 +13,18 @@ import numpy as np
 from fastmem.data.decoding import SUFFIXES, Skipped
 from fastmem.errors import InputFileError, UsageError
 
+# a larger file in a zip is left out, because it would be unpacked into memory
 MAX_ENTRY_BYTES = 256 * 2**20
+# folders of these names are taken for parts of a data set, not for classes
 _SPLIT_NAMES = frozenset(("train", "val", "valid", "validation", "test", "heldout"))
+_NO_CLASS_FOLDER = "not in a class folder"
 
+# class folder names in label order, or the path of a text file with one name per line
 Classes = str | os.PathLike[str] | Sequence[str]
 
 
 def no_split(split: str, where: Path, present: Sequence[str]) -> str:
+    """Return the error message for a split that is not among the folders ``present`` in ``where``."""
     return (
         f"expected a split {split!r} in {where}, got the folders {', '.join(present[:8]) or 'none'}; "
         'give one of them, or "" where the class folders lie there themselves'
@@ -32,10 +37,16 @@ def _refusal(name: str) -> str | None:
 
 
 def list_folder(folder: Path) -> tuple[dict[str, list[str]], list[Skipped]]:
-    """Find {class: names} and what is skipped, following links but never in a circle."""
+    """Return the image names by class folder, and the files that are left out.
+
+    A name is a path below the class folder. Links are followed, except to a folder that contains the link.
+
+    Raises:
+        InputFileError: a folder cannot be listed.
+    """
     found: dict[str, list[str]] = {}
     skipped: list[Skipped] = []
-    # (folder, its class, what the names of its files start with)
+    # folders still to list: path, class (None for the top folder), and path below the class folder
     pending: list[tuple[str, str | None, str]] = [(str(folder), None, "")]
     while pending:
         place, owner, prefix = pending.pop()
@@ -58,7 +69,7 @@ def list_folder(folder: Path) -> tuple[dict[str, list[str]], list[Skipped]]:
             elif not entry.is_file():
                 reason = "not a regular file"
             else:
-                reason = _refusal(entry.name) or (None if owner is not None else "not in a class folder")
+                reason = _refusal(entry.name) or (None if owner is not None else _NO_CLASS_FOLDER)
                 if reason is None:
                     found[owner].append(prefix + entry.name)
             if reason is not None:
@@ -90,6 +101,11 @@ def _leads_back(link: str) -> bool:
 
 
 def open_zip(path: Path) -> zipfile.ZipFile:
+    """Open a zip file for reading.
+
+    Raises:
+        InputFileError: the file is missing or damaged.
+    """
     if not path.exists():
         raise InputFileError(f"expected a zip file of images at {path}, got nothing there; check the path")
     try:
@@ -101,10 +117,17 @@ def open_zip(path: Path) -> zipfile.ZipFile:
 
 
 def zip_prefix(entries: list[zipfile.ZipInfo], split: str | None, path: Path) -> str:
-    """Find what every image's entry starts with: [top folder/][split/]."""
+    """Return the folders in a zip file that hold the class folders, as ``[top folder/][split/]``.
+
+    ``entries`` are the zip's contents. ``split`` is None for ``train`` where there is one, and ``""`` for no split.
+    ``path`` names the zip in the error message.
+
+    Raises:
+        UsageError: the zip has no such split.
+    """
     images = [entry.filename for entry in entries if not _hidden(entry.filename) and not _refusal(entry.filename)]
     tops = sorted({name.split("/", 1)[0] for name in images if "/" in name})
-    # one folder around everything is a class, not a wrapping, when images lie directly in it
+    # a single top folder is a class if images lie directly in it, and else it just encloses the class folders
     wrapped = len(tops) == 1 and tops[0] not in _SPLIT_NAMES and all(name.count("/") > 1 for name in images)
     tried = ["", f"{tops[0]}/"] if wrapped else [""]
     wanted = "train" if split is None else split.strip("/.")
@@ -118,12 +141,12 @@ def zip_prefix(entries: list[zipfile.ZipInfo], split: str | None, path: Path) ->
 
 
 def _hidden(name: str) -> bool:
-    # macOS adds a shadow of every file to the zips it makes
+    # the zips that macOS makes hold a second, hidden file with the metadata of every file
     return name.startswith((".", "__MACOSX/")) or "/." in name
 
 
 def list_zip(entries: list[zipfile.ZipInfo], prefix: str) -> tuple[dict[str, list[str]], list[Skipped]]:
-    """Find {class: names} and what is skipped among the entries below the prefix."""
+    """Return the image names by class folder, and the files left out, among the entries that start with ``prefix``."""
     found: dict[str, list[str]] = {}
     skipped: list[Skipped] = []
     for entry in entries:
@@ -137,7 +160,7 @@ def list_zip(entries: list[zipfile.ZipInfo], prefix: str) -> tuple[dict[str, lis
             continue
         reason = _refusal(full)
         if reason is None and not slash:
-            reason = "not in a class folder"
+            reason = _NO_CLASS_FOLDER
         elif reason is None and (not owner or "//" in full):
             reason = "an empty folder name in its path"
         elif reason is None and entry.file_size > MAX_ENTRY_BYTES:
@@ -150,10 +173,30 @@ def list_zip(entries: list[zipfile.ZipInfo], prefix: str) -> tuple[dict[str, lis
 
 
 def in_label_order(
-    found: dict[str, list[str]], classes: Classes | None, where: str, *, guess: bool
+    found: dict[str, list[str]], skipped: Sequence[Skipped], classes: Classes | None, where: str, *, guess: bool
 ) -> tuple[list[str], np.ndarray, tuple[str, ...]]:
-    """Order {class: names} by (label, name): names ``class/name`` [N], labels int64 [N], classes."""
+    """Sort images by label and name; return names ``class/name`` [N], labels int64 [N] and the class names.
+
+    Args:
+        found: image names by class folder.
+        skipped: files that were left out, so that the message can count the images in no class folder.
+        classes: class folder names in label order, or a text file with one per line; None for sorted folder names.
+        where: the folder or zip file, named in error messages.
+        guess: refuse class folders that are all named like splits, because no split was asked for.
+
+    Raises:
+        InputFileError: the text file cannot be read.
+        UsageError: no image lies in a class folder, or ``classes`` lacks a class folder or names one twice.
+    """
     if not any(found.values()):
+        stray = sum(file.reason == _NO_CLASS_FOLDER for file in skipped)
+        if stray:
+            lie = "1 image that lies" if stray == 1 else f"{stray} images that lie"
+            raise UsageError(
+                f"expected one folder of images per class in {where}, got {lie} in no class folder: put the images of "
+                "every class into a folder of its own, as CLASS/NAME.png, or name the split that holds the class "
+                'folders ("" for the folder itself)'
+            )
         raise UsageError(
             f"expected one folder of images per class in {where}, got {len(found)} folders without an image; "
             'arrange it as CLASS/NAME.png, or name the split that holds the class folders ("" for the folder itself)'
@@ -190,7 +233,7 @@ def _class_order(classes: Classes) -> tuple[str, ...]:
         ordered = tuple(line.strip() for line in lines)
     else:
         ordered = tuple(classes)
-    # an empty or repeated line would move every label after it
+    # an empty or repeated name would shift the labels of all classes after it
     seen = {""}
     for place, name in enumerate(ordered, 1):
         if name in seen:

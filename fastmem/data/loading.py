@@ -1,4 +1,4 @@
-"""Reading batches of views in worker processes, in order and bounded in memory."""
+"""Read batches of views (crops of images) in worker processes, in a fixed order and with bounded memory."""
 
 from __future__ import annotations
 
@@ -22,18 +22,19 @@ from fastmem.data.views import Views
 from fastmem.errors import FastmemError, InputFileError, UsageError
 
 MAX_WORKERS = 4
+# batches that every worker prepares ahead
 PREFETCH = 2
-# below this, starting workers costs more than they save
+# for fewer images than this, starting workers takes more time than they save
 FEW_IMAGES = 256
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """One batch of images that could be read.
+    """The views of one batch of images, without the images that could not be read.
 
     Attributes:
-        positions: int64 [n], positions in the manifest.
-        views: uint8 [n, V, S, S, 3] in [0, 255].
+        positions: int64 [n], positions in the manifest of the images that could be read.
+        views: uint8 [n, V, S, S, 3] in [0, 255], the V crops of each of them.
         skipped: the batch's images that could not be read, in order.
     """
 
@@ -43,16 +44,16 @@ class Batch:
 
 
 def check_readable(source: ImageSource, asked: int, kept: int, first: Skipped | None = None) -> None:
-    """Refuse a set of images of which not one could be read.
+    """Raise an error if images were to be read and none of them could be.
 
     Args:
         source: the images.
-        asked: how many were to be read.
-        kept: how many of them could be.
-        first: one that could not be, to be named in the message.
+        asked: number of images that were to be read.
+        kept: number of images that could be read.
+        first: an image that could not be read, to name in the message.
 
     Raises:
-        InputFileError: images were asked for and none was kept.
+        InputFileError: ``asked`` is above 0 and ``kept`` is 0.
     """
     if asked and not kept:
         named = "" if first is None else f", the first {first.name} ({first.reason})"
@@ -77,7 +78,8 @@ def load_views(
         manifest: the order of the images.
         batches: manifest positions, integers [n], for each batch.
         recipe: which crops to make.
-        workers: processes; by default up to 4, as cores and shared memory allow, and none for fewer than 256 images.
+        workers: number of worker processes; by default up to 4, as cores and shared memory allow, and none for fewer
+            than 256 images.
 
     Raises:
         UsageError: a position is out of range, the manifest is of another source, or ``workers`` is negative.
@@ -87,9 +89,14 @@ def load_views(
 
 
 def load(reader: ViewReader, batches: Iterable[np.ndarray | Sequence[int]], workers: int | None = None) -> Iterator:
-    """What ``reader.read`` gives for the given batches of manifest positions, in their order.
+    """Yield what ``reader.read`` returns for each of the given batches of manifest positions, in their order.
 
-    Raises: as ``load_views``.
+    A batch is integers [n]. ``workers`` is the number of worker processes; by default up to 4, as cores and shared
+    memory allow, and none for fewer than 256 images.
+
+    Raises:
+        UsageError: a position is out of range, the manifest is of another source, or ``workers`` is negative.
+        FastmemError: a worker process died (raised while iterating).
     """
     if workers is not None and workers < 0:
         raise UsageError(f"expected 0 or more worker processes, got {workers}; leave it out to have them chosen")
@@ -108,7 +115,11 @@ def load(reader: ViewReader, batches: Iterable[np.ndarray | Sequence[int]], work
 
 
 class ViewReader(Dataset[Any]):
-    """Batches by their manifest positions; whole batches, so that a worker hands over one block of memory."""
+    """A torch dataset whose items are whole batches, so that a worker hands over one block of memory for each.
+
+    An item is asked for by the manifest positions of its images, int64 [n]. ``source`` holds the images, ``manifest``
+    their order, and ``recipe`` says which crops to make.
+    """
 
     def __init__(self, source: ImageSource, manifest: Manifest, recipe: Views) -> None:
         self.source = source
@@ -116,18 +127,18 @@ class ViewReader(Dataset[Any]):
         self.recipe = recipe
 
     def __getitem__(self, positions: np.ndarray) -> Any:
-        # torch rewrites an exception that crosses processes, so this family crosses as a value
+        # torch alters an exception that a worker raises, so the worker returns fastmem's own and the caller raises it
         try:
             return self.read(positions)
         except FastmemError as error:
             return error
 
     def read(self, positions: np.ndarray) -> Any:
-        """What a worker makes of one batch."""
+        """Return a worker's result for the images at manifest positions int64 [n]; here it is a `Batch` of views."""
         return self.cut(positions)
 
     def cut(self, positions: np.ndarray) -> Batch:
-        """Decode and crop the images at manifest positions int64 [n]."""
+        """Return the views of the images at manifest positions int64 [n]; images that cannot be read are left out."""
         size = self.recipe.size
         views = torch.empty((len(positions), self.recipe.count, size, size, 3), dtype=torch.uint8)
         pixels = views.numpy()
@@ -153,9 +164,9 @@ def _iterate(reader: ViewReader, batches: list[np.ndarray], workers: int) -> Ite
         num_workers=workers,
         prefetch_factor=PREFETCH if workers else None,
         worker_init_fn=_keep_quiet,
-        # a fork starts at once, where a fresh process would import torch first
+        # a forked worker starts at once, but a fresh process would have to import torch first
         multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
-        # an own generator, because starting an iteration draws from the global one
+        # without a generator of its own, the loader would draw numbers from torch's global one
         generator=torch.Generator(),
     )
     iterator = _start(loader)
@@ -165,7 +176,7 @@ def _iterate(reader: ViewReader, batches: list[np.ndarray], workers: int) -> Ite
                 raise batch
             yield batch
     except (RuntimeError, ConnectionError, EOFError) as error:
-        # "Caught ..." is torch's account of an exception inside a worker; everything else is about the worker itself
+        # torch's message starts with "Caught" when code in a worker raised; any other means that the worker died
         if not workers or str(error).startswith("Caught "):
             raise
         raise FastmemError(
@@ -173,26 +184,26 @@ def _iterate(reader: ViewReader, batches: list[np.ndarray], workers: int) -> Ite
             "have run out of memory or of shared memory: use fewer workers (0 for none) or smaller batches"
         ) from error
     finally:
-        # the last reference: this stops the workers
+        # the workers stop when the last reference to the iterator is gone
         del iterator
 
 
 def _start(loader: DataLoader[Any]) -> Iterator[Any]:
-    """Start the workers so that signals neither stop them nor reach the caller's code through them."""
-    # Ctrl-C reaches the whole process group: workers inherit that it is held back, and the parent stops them itself
+    """Start the workers so that Ctrl-C does not stop them, and so that a dying worker does not interrupt the caller."""
+    # Ctrl-C is sent to the workers too: they inherit that it is blocked, and the main process stops them instead
     held = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
     child_handler = signal.getsignal(signal.SIGCHLD)
     try:
         return iter(loader)
     finally:
-        # torch's handler raises for a dead worker wherever the caller happens to be; without it the next batch does
+        # torch's handler would raise at once, in any code, when a worker dies; without it, the next batch raises
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGCHLD, child_handler)
         signal.pthread_sigmask(signal.SIG_SETMASK, held)
 
 
 def _keep_quiet(worker: int) -> None:
-    # the thread that hands over shared memory reports through this hook that an interrupted parent hung up
+    # when the main process is interrupted, a worker thread that sends memory to it would print a traceback
     sys.excepthook = _all_but_hang_ups
 
 
@@ -222,7 +233,7 @@ def _default_workers(batches: list[np.ndarray], recipe: Views) -> int:
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     workers = min(MAX_WORKERS, cores - 1)
-    # batches travel through shared memory, of which a container often has only 64 MB; a worker dies when it is full
+    # batches are passed through shared memory; a container often has only 64 MB, and a worker dies when it is full
     if os.path.isdir("/dev/shm"):
         space = os.statvfs("/dev/shm")
         batch_bytes = max(map(len, batches)) * recipe.count * recipe.size**2 * 3

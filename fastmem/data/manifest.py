@@ -1,4 +1,4 @@
-"""The manifest: which images take part, in which order, and in which fold."""
+"""The manifest of a run: which images take part, in which order, and in which of four folds."""
 
 from __future__ import annotations
 
@@ -15,14 +15,16 @@ from fastmem.data.sources import ImageSource
 from fastmem.errors import InputFileError, UsageError
 from fastmem.files import write_table
 
+# disjoint parts of equal size, from which intervals and the reliability of rankings are computed
 FOLDS = 4
 _SCHEMA = "fastmem-manifest-1"
+# stands for the position of an image in a source that was not given
 _WITHOUT_SOURCE = -1
 
 
 @dataclass(frozen=True)
 class WorkUnit:
-    """Manifest positions ``start`` to ``stop`` (exclusive), all of one label."""
+    """A slice of a manifest, from position ``start`` up to but without ``stop``, with images of one label only."""
 
     label: int
     start: int
@@ -31,13 +33,13 @@ class WorkUnit:
 
 @dataclass(frozen=True, eq=False)
 class Manifest:
-    """The images of a run, ordered by (label, id).
+    """The list of the images of a run, sorted by label and id, with a fold for each.
 
     Attributes:
-        ids: int64 [N].
-        labels: int64 [N], ascending.
-        index: int64 [N], positions in the source; -1 when loaded without one.
-        fold: int8 [N] in 0..3, the same share of every class to within one image.
+        ids: int64 [N], image ids.
+        labels: int64 [N], ascending, positions in ``classes``.
+        index: int64 [N], position of each image in its source; -1 when loaded without a source.
+        fold: int8 [N] in 0..3; in every class the folds have equal numbers of images, to within one.
         names: strings [N], ``class/name``.
         classes: class names in label order.
     """
@@ -51,10 +53,11 @@ class Manifest:
 
     @classmethod
     def build(cls, source: ImageSource, per_class: int | None = None, seed: int = 0) -> Manifest:
-        """Order a source's images and deal them into folds.
+        """Sort the images of a source by label and id, and assign each to one of four folds.
 
-        ``per_class`` keeps that many of each class (all of a smaller class), chosen by a hash of (seed, id): whether an
-        image is kept depends on its own class alone. The hash is SplitMix64, which takes a million ids at once.
+        ``per_class`` keeps at most that many images of each class. Folds and kept images are chosen by a hash of
+        ``seed`` and image id, so whether an image is kept depends on its own class alone. The hash is SplitMix64, which
+        numpy computes for a million ids at once.
 
         Raises:
             UsageError: ``per_class`` is below 1.
@@ -65,7 +68,7 @@ class Manifest:
         if per_class is not None:
             labels = source.labels[order]
             order = order[np.arange(len(order)) - np.searchsorted(labels, labels) < per_class]
-        # dealing on from class to class keeps every class's folds and the whole folds within one image of each other
+        # counting on from class to class makes the folds equal to within one image, in every class and as a whole
         fold = (np.arange(len(order)) % FOLDS).astype(np.int8)
         by_id = np.lexsort((source.ids[order], source.labels[order]))
         index = order[by_id]
@@ -83,21 +86,21 @@ class Manifest:
 
     @cached_property
     def hash(self) -> str:
-        """SHA-256 over ids, labels and folds, in hexadecimal."""
+        """SHA-256 of the ids, labels and folds, in hexadecimal."""
         digest = hashlib.sha256(_SCHEMA.encode())
         for array in (self.ids.astype("<i8"), self.labels.astype("<i8"), self.fold.astype("<i1")):
             digest.update(array.tobytes())
         return digest.hexdigest()
 
     def match(self, heldout: Manifest, seed: int = 0) -> tuple[np.ndarray, Manifest]:
-        """Images of both manifests that make two sets of equal size, classes and folds.
+        """Choose images of this and a held-out manifest so that both sets have equally many of each class and fold.
 
-        Of every class as many images as the smaller side has, chosen by the hash of (seed, id) that also dealt the
-        folds; ``heldout`` is cut to them and takes its folds anew from their counterparts here. Returns a mask bool
-        [N] over this manifest's positions, and the cut held-out manifest. Both manifests must be built with ``seed``.
+        Both sides keep as many images of a class as the smaller side has, chosen by a hash of ``seed`` and image id.
+        Both manifests must have been built with this ``seed``. Each held-out image gets the fold of a training image.
+        Return a mask, bool [N], of the images chosen from this manifest, and a manifest of the held-out images chosen.
 
         Raises:
-            UsageError: the two share no class.
+            UsageError: the two manifests have no class in common.
         """
         mask = np.zeros(len(self), dtype=bool)
         kept, folds = [], []
@@ -119,7 +122,7 @@ class Manifest:
         return mask, Manifest(*arrays, heldout.classes)
 
     def work_units(self, max_images: int | None = None) -> list[WorkUnit]:
-        """Cut the manifest into slices of one class each, of at most ``max_images`` images.
+        """Split the manifest into slices of one class each, with at most ``max_images`` images (None for no limit).
 
         Raises:
             UsageError: ``max_images`` is below 1.
@@ -134,10 +137,10 @@ class Manifest:
         ]
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a parquet table (id, class, label, name, fold), whole or not at all.
+        """Write a parquet file with the columns id, class, label, name and fold, completely or not at all.
 
         Raises:
-            UsageError: the place cannot be written.
+            UsageError: the folder cannot be written.
         """
         import pyarrow
 
@@ -153,11 +156,11 @@ class Manifest:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], source: ImageSource | None = None) -> Manifest:
-        """Read a saved manifest and find its images in ``source``, wherever they are listed now.
+        """Read a manifest from a parquet file, and look up the positions of its images in ``source`` if that is given.
 
         Raises:
             InputFileError: the file is missing, damaged, or not a manifest.
-            UsageError: the source lacks an image of it, or gives one another label.
+            UsageError: the source lacks an image of the manifest, or has it under another label.
         """
         import pyarrow
         from pyarrow import parquet
@@ -183,10 +186,10 @@ class Manifest:
         return manifest if source is None else manifest.found_in(source)
 
     def found_in(self, source: ImageSource) -> Manifest:
-        """The same images, with their positions in ``source``.
+        """Return this manifest with the positions of its images in ``source``.
 
         Raises:
-            UsageError: the source lacks an image, or gives one another label.
+            UsageError: the source lacks an image of the manifest, or has it under another label.
         """
         index = source.index_of(self.ids)
         moved = np.flatnonzero(source.labels[index] != self.labels)
@@ -200,13 +203,13 @@ class Manifest:
 
 
 def _drawing_order(manifest: Manifest, label: int, seed: int) -> np.ndarray:
-    """Positions of a class in the order in which its images are drawn and dealt to folds."""
+    """Return the positions of a class's images in the order in which they are chosen and assigned to folds."""
     start, stop = np.searchsorted(manifest.labels, [label, label + 1])
     return start + np.argsort(_shuffled(manifest.ids[start:stop], seed))
 
 
 def _shuffled(ids: np.ndarray, seed: int) -> np.ndarray:
-    """Map int64 ids [N] to uint64 sort keys [N]; one to one, so that there are no ties.
+    """Return sort keys, uint64 [N], for ids int64 [N]; different ids get different keys.
 
     Source: Steele, Lea and Flood, Fast splittable pseudorandom number generators (the output function SplitMix64).
     """

@@ -1,7 +1,8 @@
-"""Where images come from: a folder, a zip file or an array, with one folder per class and stable image ids.
+"""Sources of images: a folder, a zip file or an array, with a label and a stable id for every image.
 
-A source lists its images once, ordered by (label, name). An image's name is its posix path below its class folder, and
-its id a hash of ``class/name``: it depends neither on where the images lie nor on which other images lie there.
+A folder or zip file holds one folder per class. Its images are listed once, sorted by label and name. An image's name
+is ``class/`` and its path below the class folder, and its id is a hash of that name, so the id depends neither on where
+the images lie nor on which other images lie there.
 """
 
 from __future__ import annotations
@@ -22,31 +23,36 @@ from fastmem.data.decoding import DamagedImage, Skipped, decode
 from fastmem.data.listing import Classes, in_label_order, list_folder, list_zip, no_split, open_zip, zip_prefix
 from fastmem.errors import InputFileError, UsageError
 
+# a larger label without class names is taken for a mistake, because every label up to it becomes a class
 MAX_UNNAMED_CLASSES = 1_000_000
+# length of the hash of an image's content
 DIGEST_BYTES = 16
-# what stands for a path where images came with the package, and where they are in memory alone
+# words in place of a path, for images that come with the package and for images that exist in memory only
 EMBEDDED, IN_MEMORY = "embedded", "memory"
+# files are read in blocks of this size to be hashed
 _HASHED_BYTES = 2**20
 
 
 def image_ids(names: Iterable[str]) -> np.ndarray:
-    """Hash ``class/name`` strings to stable image ids, int64 [N] in [0, 2**63)."""
+    """Return the stable ids of images from their names ``class/name``: int64 [N] in [0, 2**63)."""
     digests = b"".join(hashlib.blake2b(name.encode(), digest_size=8).digest() for name in names)
     return (np.frombuffer(digests, dtype=">u8") & np.uint64(2**63 - 1)).astype(np.int64)
 
 
 class ImageSource(ABC):
-    """Images with ids and labels, readable by index; picklable, so that worker processes can read too.
+    """Base class of image sources: images with ids and labels, read by position.
+
+    A source can be pickled, so that worker processes can read its images.
 
     Attributes:
-        ids: int64 [N], unique, in [0, 2**63).
+        ids: int64 [N] in [0, 2**63), different for every image.
         labels: int64 [N], positions in ``classes``.
         names: strings [N], ``class/name``.
-        classes: class names; a label without images is allowed.
-        skipped: files that were found and take no part.
-        description: what this is, for people.
+        classes: class names in label order; a class may have no images.
+        skipped: files that were found and left out.
+        description: a few words that name the source in messages.
         place: absolute path from which ``open_source`` reads the same images again, or ``EMBEDDED`` or ``IN_MEMORY``.
-        split: what ``open_source`` has to be told beside the path.
+        split: the split to give ``open_source`` together with that path.
     """
 
     place: str = IN_MEMORY
@@ -61,9 +67,22 @@ class ImageSource(ABC):
         description: str,
         ids: np.ndarray | None = None,
     ) -> None:
+        """Keep the list of images, and check that their ids differ.
+
+        Args:
+            names: ``class/name`` of each image.
+            labels: int64 [N], positions in ``classes``.
+            classes: class names in label order.
+            skipped: files that were found and left out.
+            description: a few words that name the source in messages.
+            ids: int64 [N], image ids; None for hashes of the names.
+
+        Raises:
+            UsageError: two images have the same id.
+        """
         self.ids = image_ids(names) if ids is None else ids
         self.labels = labels
-        # one block of memory instead of a million string objects, which forked workers would copy page by page
+        # a single block of memory: of a million string objects, every forked worker would come to hold a copy
         self.names = np.array(names, dtype=np.dtypes.StringDType())
         self.classes = tuple(classes)
         self.skipped = list(skipped)
@@ -82,10 +101,10 @@ class ImageSource(ABC):
         return len(self.ids)
 
     def index_of(self, ids: np.ndarray) -> np.ndarray:
-        """Find the positions of image ids, int64 [M] -> int64 [M].
+        """Return the positions, int64 [M], of the images with ids int64 [M].
 
         Raises:
-            UsageError: an id is unknown here.
+            UsageError: the source has no image with one of the ids.
         """
         ids = np.asarray(ids, dtype=np.int64)
         where = np.searchsorted(self.ids, ids, sorter=self._by_id)
@@ -99,43 +118,45 @@ class ImageSource(ABC):
         return index
 
     def name(self, image_id: int) -> str:
-        """Return ``class/name`` of an image id.
+        """Return the name, ``class/name``, of the image with an id.
 
         Raises:
-            UsageError: the id is unknown here.
+            UsageError: the source has no image with that id.
         """
         return str(self.names[self.index_of(np.array([image_id]))[0]])
 
     @abstractmethod
     def read(self, index: int) -> Image.Image:
-        """Decode the image at a position as RGB.
+        """Return the image at position ``index`` as an RGB picture.
 
         Raises:
             DamagedImage: the file is missing, damaged or above a limit.
         """
 
     def digest(self, index: int) -> bytes:
-        """Hash what ``read`` depends on at a position, 16 bytes; here the pixels, elsewhere the file.
+        """Return a hash, 16 bytes, of the content of the image at position ``index``, to notice when it changes.
+
+        This method hashes the pixels; sources that read files hash the bytes of the file.
 
         Raises:
-            DamagedImage: as ``read``, where the file cannot even be opened.
+            DamagedImage: the image cannot be read.
         """
         image = self.read(index)
         return _hash([repr(image.size).encode(), image.tobytes()])
 
 
 class FolderSource(ImageSource):
-    """Images in ``path/[split/]CLASS/**/NAME.ext``.
+    """Images in a folder with one folder per class: ``path/[split/]CLASS/**/NAME.ext``.
 
     Args:
         path: the folder.
-        split: folder below ``path`` that holds the class folders. By default ``train`` where there is one and else
-            ``path`` itself, which ``""`` asks for.
-        classes: class folder names in label order, or a file with one per line; sorted folder names by default.
+        split: folder below ``path`` that holds the class folders, ``""`` for ``path`` itself; by default ``train``
+            where there is one, else ``path`` itself.
+        classes: class folder names in label order, or a text file with one per line; by default sorted folder names.
 
     Raises:
-        InputFileError: the folder or the class file is missing or cannot be read.
-        UsageError: there is no such split, no image in a class folder, or a class folder that ``classes`` lacks.
+        InputFileError: the folder or the text file of classes is missing or cannot be read.
+        UsageError: there is no such split, no image in a class folder, or ``classes`` lacks a class or names it twice.
     """
 
     def __init__(self, path: str | os.PathLike[str], split: str | None = None, classes: Classes | None = None) -> None:
@@ -153,7 +174,7 @@ class FolderSource(ImageSource):
         self.folder = folder
         self.place, self.split = os.path.abspath(root), split
         found, skipped = list_folder(folder)
-        names, labels, ordered = in_label_order(found, classes, f"folder {folder}", guess=split is None)
+        names, labels, ordered = in_label_order(found, skipped, classes, f"folder {folder}", guess=split is None)
         super().__init__(names, labels, ordered, skipped, f"folder {folder}")
 
     def read(self, index: int) -> Image.Image:
@@ -174,17 +195,18 @@ class FolderSource(ImageSource):
 
 
 class ZipSource(ImageSource):
-    """Images in a zip file laid out like a folder, read in place and never unpacked to disk.
+    """Images in a zip file with one folder per class, read in place and never unpacked to disk.
 
-    One folder around everything else in the zip is looked through.
+    A single folder that encloses all class folders is not taken for a class.
 
     Args:
         path: the zip file.
-        split, classes: as in `FolderSource`.
+        split: folder in the zip that holds the class folders, ``""`` for none; by default ``train`` where there is one.
+        classes: class folder names in label order, or a text file with one per line; by default sorted folder names.
 
     Raises:
-        InputFileError: the zip or the class file is missing or damaged.
-        UsageError: there is no such split, no image in a class folder, or a class folder that ``classes`` lacks.
+        InputFileError: the zip file or the text file of classes is missing or damaged.
+        UsageError: there is no such split, no image in a class folder, or ``classes`` lacks a class or names it twice.
     """
 
     def __init__(self, path: str | os.PathLike[str], split: str | None = None, classes: Classes | None = None) -> None:
@@ -197,7 +219,7 @@ class ZipSource(ImageSource):
         self._prefix = zip_prefix(entries, split, self.path)
         description = f"zip {self.path}" + (f":{self._prefix[:-1]}" if self._prefix else "")
         found, skipped = list_zip(entries, self._prefix)
-        names, labels, ordered = in_label_order(found, classes, description, guess=split is None)
+        names, labels, ordered = in_label_order(found, skipped, classes, description, guess=split is None)
         super().__init__(names, labels, ordered, skipped, description)
 
     def __getstate__(self) -> dict[str, object]:
@@ -210,28 +232,29 @@ class ZipSource(ImageSource):
         return _hash([self._content(index)])
 
     def _content(self, index: int) -> bytes:
-        # a forked worker shares its parent's position in the open file, so every process opens its own
+        # an open file and its position are shared with a forked worker, so every process opens the file itself
         if self._zip is None or self._owner != os.getpid():
             self._zip, self._owner = open_zip(self.path), os.getpid()
         name = str(self.names[index])
         try:
             return self._zip.read(self._prefix + name)
-        # each of the compression methods has exceptions of its own, beside those for encryption and check sums
+        # compression methods, encryption and check sums all raise exceptions of their own
         except Exception as error:
             raise DamagedImage(f"damaged in the zip: {error}", name) from error
 
 
 class ArraySource(ImageSource):
-    """Images that are in memory already.
+    """Images that are already in memory.
 
     Args:
         images: uint8 [N, S, S, 3] in [0, 255].
         labels: integers [N], from 0.
-        ids: integers [N], unique and from 0; by default hashes of the names, ``CLASS/IIIIIIII`` with the position.
+        ids: integers [N] from 0, different for every image; by default hashes of the names. A name is ``CLASS/`` and
+            the position in eight digits.
         classes: class names in label order; by default the labels as text.
 
     Raises:
-        UsageError: a shape, type or range is another one.
+        UsageError: an array has another shape, type or range, or two ids are equal.
     """
 
     def __init__(
@@ -271,11 +294,14 @@ class ArraySource(ImageSource):
 def open_source(
     path: str | os.PathLike[str], split: str | None = None, classes: Classes | None = None
 ) -> FolderSource | ZipSource:
-    """Open a folder or a zip file of images, whichever is at ``path``.
+    """Open the folder or the zip file of images at ``path``.
+
+    ``split`` is the folder below ``path`` that holds the class folders; by default ``train`` where there is one.
+    ``classes`` are the class folder names in label order, or a text file of them; by default they are sorted.
 
     Raises:
-        InputFileError: nothing is there, or it is damaged.
-        UsageError: it is neither, or holds no images in class folders.
+        InputFileError: nothing is at ``path``, or it is damaged.
+        UsageError: something else is at ``path``, or no image lies in a class folder.
     """
     place = Path(path)
     if place.is_file() and (place.suffix.lower() == ".zip" or zipfile.is_zipfile(place)):
@@ -284,7 +310,7 @@ def open_source(
 
 
 def embedded_source(split: str) -> ZipSource:
-    """Open the images that come with the package: ``train`` (823) or ``heldout`` (192), 64x64, 41 classes.
+    """Open images that come with the package: ``train`` (823) or ``heldout`` (192), 64x64 pixels, 41 classes.
 
     Raises:
         UsageError: there is no such split.

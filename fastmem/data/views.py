@@ -1,4 +1,4 @@
-"""Views: the crops of one picture that a model is shown, as its published training saw them."""
+"""View recipes: how a picture is cut into the crops (views) that a model saw in its published training."""
 
 from __future__ import annotations
 
@@ -17,30 +17,34 @@ _FILTERS = {"bicubic": InterpolationMode.BICUBIC, "lanczos": InterpolationMode.L
 
 
 class Views(Protocol):
-    """A picklable recipe that gives the same crops for the same picture and id, in any process."""
+    """A view recipe: a function that cuts a picture into crops, the same for the same picture and id in any process.
+
+    A recipe can be pickled, so that worker processes can use it.
+    """
 
     @property
     def name(self) -> str:
-        """The recipe and its settings in one word: equal names make equal crops."""
+        """Name of the recipe with its settings, without spaces; recipes of equal name make equal crops."""
 
     @property
     def size(self) -> int:
-        """Side S of a crop in pixels."""
+        """Side S of a crop, in pixels."""
 
     @property
     def count(self) -> int:
-        """Number of crops V."""
+        """Number V of crops of one picture."""
 
     def __call__(self, image: Image.Image, image_id: int) -> np.ndarray:
-        """Cut an RGB picture into views, uint8 [V, S, S, 3]."""
+        """Return the crops of an RGB picture, uint8 [V, S, S, 3] in [0, 255]; random crops depend on ``image_id``."""
 
 
 @dataclass(frozen=True)
 class TenCrop:
-    """Four corners, the centre, and the same five of the mirror image (RAR).
+    """Ten crops of a picture, as RAR was trained on: the four corners and the centre, and those of its mirror image.
 
-    Before that the picture is cropped to the centre int(1.1 * size) square as ADM does it. A ``count`` below ten takes
-    the first ones: top left, top right, bottom left, bottom right, centre, then the mirror image's.
+    Beforehand the picture is reduced to its centre square of int(1.1 * size) pixels by the method of ADM. ``size`` is
+    the side of a crop in pixels. A ``count`` below ten takes the first crops in this order: top left, top right, bottom
+    left, bottom right, centre, then the same five of the mirror image.
 
     Source: bytedance/1d-tokenizer scripts/pretokenization.py; openai/guided-diffusion image_datasets.py.
 
@@ -59,10 +63,10 @@ class TenCrop:
         return f"ten-crop-{self.size}x{self.count}"
 
     def __call__(self, image: Image.Image, image_id: int) -> np.ndarray:
-        """Cut an RGB picture into views, uint8 [V, S, S, 3].
+        """Return the crops of an RGB picture, uint8 [V, S, S, 3] in [0, 255].
 
         Raises:
-            DamagedImage: the picture is so long that resizing it would pass the pixel limit.
+            DamagedImage: the picture is so elongated that it would exceed the pixel limit when resized.
         """
         crops = functional.ten_crop(_adm_centre_crop(image, int(1.1 * self.size)), self.size)
         return np.stack([np.asarray(crop) for crop in crops[: self.count]])
@@ -70,9 +74,10 @@ class TenCrop:
 
 @dataclass(frozen=True)
 class CenterCrop:
-    """The centre square after the short side was resized to ``resize`` (default: the crop's size).
+    """The centre square of ``size`` pixels, after the short side of the picture was resized to ``resize`` pixels.
 
-    RAR: bicubic to S; VAR: Lanczos to round(1.125 * S).
+    ``resize`` is ``size`` by default, and ``filter`` is "bicubic" or "lanczos". RAR resizes to ``size`` by the bicubic
+    filter, and VAR to round(1.125 * size) by the Lanczos filter.
 
     Raises:
         UsageError: ``size`` is below 1, ``resize`` below ``size``, or the filter is unknown.
@@ -97,10 +102,10 @@ class CenterCrop:
         return f"center-crop-{self.size}-{self.resize or self.size}-{self.filter}"
 
     def __call__(self, image: Image.Image, image_id: int) -> np.ndarray:
-        """Cut an RGB picture into one view, uint8 [1, S, S, 3].
+        """Return the one crop of an RGB picture, uint8 [1, S, S, 3] in [0, 255].
 
         Raises:
-            DamagedImage: the picture is so long that resizing it would pass the pixel limit.
+            DamagedImage: the picture is so elongated that it would exceed the pixel limit when resized.
         """
         resized = _resize_short_side(image, self.resize or self.size, _FILTERS[self.filter])
         return np.array(functional.center_crop(resized, self.size))[None]
@@ -108,9 +113,11 @@ class CenterCrop:
 
 @dataclass(frozen=True)
 class RandomCrops:
-    """Random squares after a Lanczos resize of the short side to round(ratio * size), without flips (VAR).
+    """Square crops at random places, as VAR was trained on, without flips.
 
-    View v of an image depends on the image's id and v alone.
+    Beforehand the short side of the picture is resized to round(ratio * size) pixels by the Lanczos filter. ``size`` is
+    the side of a crop in pixels, and ``count`` the number of crops. The place of a crop depends on the image's id and
+    on the crop's number alone.
 
     Source: FoundationVision/VAR utils/data.py.
 
@@ -132,16 +139,16 @@ class RandomCrops:
         return f"random-crops-{self.size}x{self.count}-{self.ratio}"
 
     def __call__(self, image: Image.Image, image_id: int) -> np.ndarray:
-        """Cut an RGB picture into views, uint8 [V, S, S, 3].
+        """Return the crops of an RGB picture, uint8 [V, S, S, 3] in [0, 255].
 
         Raises:
-            DamagedImage: the picture is so long that resizing it would pass the pixel limit.
+            DamagedImage: the picture is so elongated that it would exceed the pixel limit when resized.
         """
         pixels = np.asarray(_resize_short_side(image, round(self.ratio * self.size), _FILTERS["lanczos"]))
         height, width, _ = pixels.shape
         crops = []
         for view in range(self.count):
-            # raw draws: numpy keeps a bit generator's stream across versions, but not what is made from it
+            # raw bits, because numpy keeps them the same across versions, but not the random numbers made from them
             down, right = np.random.PCG64([image_id, view]).random_raw(2).tolist()
             top, left = down % (height - self.size + 1), right % (width - self.size + 1)
             crops.append(pixels[top : top + self.size, left : left + self.size])
@@ -150,7 +157,7 @@ class RandomCrops:
 
 @dataclass(frozen=True)
 class Joined:
-    """The views of two recipes of one size, one after the other."""
+    """The views of two recipes of equal crop size: those of ``first``, then those of ``second``."""
 
     first: Views
     second: Views
@@ -172,13 +179,13 @@ class Joined:
 
 
 def to_unit_range(images: Tensor) -> Tensor:
-    """Pictures uint8 [N,S,S,3] in 0..255 to float32 [N,3,S,S] in [0,1]."""
+    """Convert pictures, uint8 [N,S,S,3] in [0,255], to float32 [N,3,S,S] in [0,1]."""
     return images.permute(0, 3, 1, 2).float() / 255
 
 
 @dataclass(frozen=True)
 class Mirrored:
-    """The views of another recipe as in a mirror, left and right exchanged."""
+    """The views of another recipe, each mirrored left to right."""
 
     recipe: Views
 
@@ -207,7 +214,7 @@ def _check(size: int, count: int, most: int | None = None) -> None:
 
 
 def _resize_short_side(image: Image.Image, short: int, mode: InterpolationMode) -> Image.Image:
-    # a picture of one pixel by a million is small until its short side is stretched
+    # a picture of 1 by 1,000,000 pixels is within the limit before its short side is enlarged, but not after
     long = short * max(image.size) // min(image.size)
     check_pixels(*((long, short) if image.width > image.height else (short, long)))
     return functional.resize(image, short, mode)

@@ -1,1 +1,1 @@
-"""Extraction: embeddings of images, the index of a training set, and what can be pulled out of a model."""
+"""Extraction of training images from a model: choose images, complete their first tokens, and judge the results."""

@@ -1,4 +1,7 @@
-"""Do the neurons point at the images? Owners of high units against the verdicts on them."""
+"""Test whether the images that own high-scoring units are extracted more often than other images.
+
+An image owns a unit when it is the training image with the largest response of that unit.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,20 @@ from fastmem.stats import UnitStats
 
 @dataclass(frozen=True)
 class Association:
-    """How owning a high unit goes with being extracted, over the candidates.
+    """How often candidates that own a high-scoring unit are extracted, compared with the other candidates.
 
-    owners_extracted of owners, others_extracted of others; odds_ratio: conditional maximum likelihood estimate, with
-    its exact 95 % interval and Fisher's two-sided p; None where it is not finite or nothing was extracted.
+    The odds ratio and the ends of its interval are None where they are infinite. All three are None where no candidate
+    or every candidate owns such a unit, and where no candidate or every candidate is extracted.
+
+    Attributes:
+        owners: number of candidates that own at least one such unit.
+        owners_extracted: number of these that are extracted.
+        others: number of candidates that own no such unit.
+        others_extracted: number of these that are extracted.
+        odds_ratio: conditional maximum likelihood estimate of the odds ratio, or None.
+        low: lower end of its exact 95 % interval, or None.
+        high: upper end of its exact 95 % interval, or None.
+        p_value: two-sided p-value of Fisher's exact test.
     """
 
     owners: int
@@ -32,7 +45,7 @@ class Association:
     p_value: float
 
     def document(self) -> dict[str, Any]:
-        """The numbers for a JSON document."""
+        """Return the fields as a dictionary for a JSON document, with floats rounded to six digits."""
         return {key: round(v, 6) if isinstance(v, float) else v for key, v in asdict(self).items()}
 
     def __str__(self) -> str:
@@ -47,11 +60,13 @@ class Association:
 
 
 def associate(owns: np.ndarray, extracted: np.ndarray) -> Association:
-    """The odds ratio that a candidate which owns a high unit is extracted: bool [N] and bool [N].
+    """Return the odds ratio of being extracted, for candidates that own a high-scoring unit against those that do not.
 
-    Source: Fisher's exact test and its conditional estimate, as in scipy.stats.contingency.odds_ratio.
+    ``owns``, bool [N], says which candidates own such a unit; ``extracted``, bool [N], says which are extracted.
 
-    Raises: UsageError where the lengths differ.
+    Source: Fisher's exact test and the conditional estimate of scipy.stats.contingency.odds_ratio.
+
+    Raises: UsageError where the two arrays have different lengths.
     """
     from scipy.stats import fisher_exact
     from scipy.stats.contingency import odds_ratio
@@ -75,14 +90,15 @@ def associate(owns: np.ndarray, extracted: np.ndarray) -> Association:
 
 
 def find_associations(extraction: Extraction, stats: UnitStats, heldout: UnitStats | None) -> dict[str, Association]:
-    """For every ranking, whether candidates that own a unit of its top 5 % are extracted more often than others.
+    """Return, for every ranking of units, whether owners of a unit in its top 5 % are extracted more often than others.
 
-    Counted are the training candidates' completions from the longest prefix.
+    Only training candidates are counted, with their completions from the longest prefix. A ranking is left out where
+    the statistics lack what it needs.
 
     Args:
-        extraction: the verdicts.
+        extraction: the verdicts on the candidates.
         stats: statistics of the training images.
-        heldout: statistics of the held-out images, without which there is no ranking by gap.
+        heldout: statistics of the held-out images; None leaves out the ranking by gap.
     """
     verdicts = extraction.sets["train"]
     candidates = verdicts.targets.take(verdicts.candidate)
@@ -99,4 +115,5 @@ def find_associations(extraction: Extraction, stats: UnitStats, heldout: UnitSta
 
 
 def _longest(extraction: Extraction) -> int:
+    """Return the position of the longest prefix length."""
     return int(np.argmax(extraction.prefixes))

@@ -1,6 +1,6 @@
-"""The attack: greedy completion of prefixes of true tokens.
+"""The attack: a model completes an image from its first true tokens, greedily, without guidance or sampling.
 
-Source: arXiv 2502.02514, section 5 (greedy, no guidance, no sampling).
+Source: arXiv 2502.02514, section 5.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from fastmem.errors import UsageError
 from fastmem.extraction.candidates import Targets
 from fastmem.models.model import Model
 
+# number of completions computed at once by default
 BATCH_ROWS = 80
 
 
@@ -24,18 +25,17 @@ def attack(
     *,
     batch_size: int = BATCH_ROWS,
 ) -> Tensor:
-    """Greedy completions of the first P tokens of every target, for each P of ``prefixes``: int64 [P,N,T].
+    """Return the greedy completion of every target from each prefix length, int64 [P,N,T], with the prefix itself.
 
-    All prefixes of a target stand side by side in a batch; ``Model.generate`` completes rows of the same label and the
-    same prefix once, such as all those of one class without a prefix.
+    ``Model.generate`` computes equal requests in a batch only once, such as those of one class with an empty prefix.
 
     Args:
         model: the model, edited or not.
-        targets: the images, N of them.
-        prefixes: lengths in tokens, P of them.
-        batch_size: rows that are completed at once.
+        targets: the N images to complete.
+        prefixes: the P prefix lengths, in tokens.
+        batch_size: number of completions computed at once.
 
-    Raises: UsageError without prefixes, or as ``Model.generate``.
+    Raises: UsageError where ``prefixes`` is empty, or the model does not allow a prefix length, a label or a token.
     """
     if not prefixes:
         raise UsageError("expected at least one prefix length, got none")
@@ -51,9 +51,10 @@ def attack(
 
 
 def token_match(tokens: Tensor, prefixes: Sequence[int], generated: Tensor) -> Tensor:
-    """Share of the tokens after the prefix that are the true ones: float64 [P,N], 1 where the prefix is everything.
+    """Return the share of tokens after the prefix that are correct, float64 [P,N]; 1 where no token follows the prefix.
 
-    tokens: true ones, int64 [N,T]; generated: int64 [P,N,T].
+    ``tokens`` are the true tokens, int64 [N,T], ``prefixes`` the P prefix lengths in tokens, and ``generated`` the
+    completions, int64 [P,N,T].
     """
     right = (generated == tokens).double()
     shares = [

@@ -1,6 +1,8 @@
-"""Which images are tried: those that the model predicts best under teacher forcing, and their tokens.
+"""Choose the images to extract: in every class those whose tokens the model predicts best under teacher forcing.
 
-Source: arXiv 2502.02514, section 5 (candidates by the share of right arg max tokens, the highest of every class).
+The candidate score of an image is the share of its tokens that are the model's most likely ones.
+
+Source: arXiv 2502.02514, section 5.
 """
 
 from __future__ import annotations
@@ -27,18 +29,25 @@ from fastmem.tokens.cache import TokenCache
 from fastmem.tokens.encoding import tokens_of
 from fastmem.tokens.true_images import read_true_images
 
+# number of images of every class that are candidates by default
 TOP_PER_CLASS = 5
+# images of one forward pass by default
 BATCH_IMAGES = 16
+# time between two saves of an unfinished pass
 SAVE_SECONDS = 30.0
 STATE_SCHEMA = "fastmem.losses-state/1"
 
 
 @dataclass(frozen=True, eq=False)
 class Targets:
-    """Images that somebody tries to pull out of a model, ordered by label and id.
+    """Images that an attack tries to extract from a model, in the order of their manifest (by label and id).
 
-    ids, labels: int64 [N]; names: CLASS/NAME; scores: candidate scores float32 [N]; tokens: int64 [N,T] of the centre
-    view.
+    Attributes:
+        ids: int64 [N], image ids.
+        labels: int64 [N], classes of the images.
+        names: ``class/name`` of each image.
+        scores: float32 [N], candidate scores in [0,1].
+        tokens: int64 [N,T], tokens of one view of each image, usually the centre view.
     """
 
     ids: np.ndarray
@@ -51,18 +60,19 @@ class Targets:
         return len(self.ids)
 
     def take(self, chosen: np.ndarray) -> Targets:
-        """Some of them, by positions or by a mask bool [N]."""
+        """Return some of the targets, chosen by positions, int64 [n], or by a mask, bool [N]."""
         at = np.flatnonzero(chosen) if chosen.dtype == bool else chosen
         names = tuple(self.names[i] for i in at)
         return Targets(self.ids[at], self.labels[at], names, self.scores[at], self.tokens[torch.from_numpy(at)])
 
 
 def highest_per_class(manifest: Manifest, scores: np.ndarray, count: int = TOP_PER_CLASS) -> np.ndarray:
-    """Positions of the ``count`` highest scores of every class, ascending; ties by the smallest id, NaN never.
+    """Return the manifest positions of the ``count`` images of highest score in every class, int64 [n], ascending.
 
-    scores: float [N] in manifest order, NaN for images that could not be read or are not to be taken.
+    ``scores``, float [N], are in the order of ``manifest``; images with the score NaN are never chosen. Of images with
+    equal scores, those with the smaller ids are chosen.
 
-    Raises: UsageError for another length, or a count below 1.
+    Raises: UsageError where there is not one score for each image, or ``count`` is below 1.
     """
     if len(scores) != len(manifest) or count < 1:
         raise UsageError(
@@ -87,20 +97,21 @@ def find_targets(
     cache: TokenCache | None = None,
     workers: int | None = None,
 ) -> Targets:
-    """The images at some positions of a manifest with the tokens of their centre views.
+    """Return the images at some manifest positions as targets, with the tokens of their centre views.
 
     Images that cannot be read are left out.
 
     Args:
-        model: whose tokenizer encodes.
+        model: the model whose tokenizer encodes the images.
         source: the images that the manifest was built from.
         manifest: the order of the images.
         scores: candidate scores of all images, float [N] in manifest order.
         positions: manifest positions of the targets, int64 [n], ascending.
-        cache: where tokens are looked up.
-        workers: processes that decode images, as in ``load_views``.
+        cache: where tokens are looked up; None for no cache.
+        workers: number of processes that decode images; None chooses by cores and number of images.
 
-    Raises: as ``load_views``.
+    Raises: UsageError where a position is out of range, the manifest is of another source, or ``workers`` is negative;
+    FastmemError where a worker process died.
     """
     images = read_true_images(model, source, manifest, positions, cache=cache, workers=workers)
     return targets_of(manifest, scores, positions, images.ids, images.tokens)
@@ -109,14 +120,14 @@ def find_targets(
 def targets_of(
     manifest: Manifest, scores: np.ndarray, positions: np.ndarray, ids: np.ndarray, tokens: Tensor
 ) -> Targets:
-    """The targets among some positions of a manifest whose tokens are known.
+    """Return targets whose tokens are known already.
 
     Args:
         manifest: the order of the images.
         scores: candidate scores of all images, float [N] in manifest order.
-        positions: manifest positions, int64 [m], ascending.
-        ids: ids of those of them that could be read, int64 [n], in the same order.
-        tokens: of their centre views, int64 [n,T].
+        positions: manifest positions that were asked for, int64 [m], ascending.
+        ids: ids of the images at these positions that could be read, int64 [n], in the same order.
+        tokens: tokens of the images that could be read, int64 [n,T].
     """
     at = positions[np.isin(manifest.ids[positions], ids)]
     names = tuple(manifest.names[at].tolist())
@@ -124,9 +135,18 @@ def targets_of(
 
 
 def read_pictures(model: Model, source: ImageSource, manifest: Manifest, targets: Targets) -> Tensor:
-    """The centre views of targets as pictures: float32 [n,3,S,S] in [0,1].
+    """Return the centre views of targets as pictures, float32 [n,3,S,S] in [0,1]; unreadable images are left out.
 
-    Thousands of them take gigabytes, so they are read for a few dozen targets at a time.
+    ``source`` holds the images, ``manifest`` their order, and ``model`` says how they are cropped. All pictures are in
+    memory at once, so callers should ask for a few dozen targets at a time.
+
+    Args:
+        model: the model whose centre view is cut from each image.
+        source: the images that the manifest was built from.
+        manifest: the order of the images.
+        targets: the images to read.
+
+    Raises: UsageError where the manifest is of another source.
     """
     positions = np.flatnonzero(np.isin(manifest.ids, targets.ids))
     size = model.image_size
@@ -146,20 +166,23 @@ def collect_losses(
     cache: TokenCache | None = None,
     reporter: Reporter = SILENT,
 ) -> ImageLosses:
-    """Loss and candidate score of every image's centre view, where the scoring pass kept none.
+    """Return the loss and the candidate score of every image, computed on its centre view and saved to a file.
+
+    An interrupted pass saves its progress beside the file, and the next call resumes from there.
 
     Args:
         model: the model, edited or not.
         source: the images that the manifest was built from.
         manifest: the order of the images.
-        file: where the losses are kept; a pass that was interrupted goes on from the state beside it. None keeps none.
-        batch_size: images of one forward pass.
-        workers: processes that decode images, as in ``load_views``.
-        cache: where tokens are looked up and kept.
-        reporter: is told of images that are done.
+        file: where the losses are saved; None saves neither losses nor progress.
+        batch_size: number of images in one forward pass.
+        workers: number of processes that decode images; None chooses by cores and number of images.
+        cache: where tokens are looked up and saved; None for no cache.
+        reporter: its ``advance`` is given the number of images done, and its ``note`` a sentence for a damaged file of
+            the cache.
 
-    Raises: UsageError where the file cannot be written; InputFileError for a damaged state. KeyboardInterrupt keeps
-    what was done.
+    Raises: UsageError where the file cannot be written; InputFileError where the saved progress is damaged;
+    KeyboardInterrupt on Ctrl-C, after the progress was saved.
     """
     losses, done = ImageLosses.zero(len(manifest), False), 0
     state = None if file is None else file.with_name(f"{file.stem}-state{file.suffix}")

@@ -1,7 +1,7 @@
-"""The stage: candidates of a training set and of a matched held-out set are attacked, and every completion judged.
+"""Extract training images: attack the candidates of the training set and of the held-out set, and judge the results.
 
-A work unit is some whole classes of one set; its file is a pure function of model, images and settings, so a run that
-was killed goes on with the units it lacks.
+The candidates are attacked in work units, each with all candidates of a few classes of one set. Every finished unit is
+saved to a file, so a run that was interrupted is resumed with the units that are missing.
 """
 
 from __future__ import annotations
@@ -45,18 +45,20 @@ from fastmem.runs.interruption import Interruption
 from fastmem.tokens.cache import TokenCache
 
 UNIT_SCHEMA = "fastmem.extraction-unit/1"
+# least number of targets in a work unit, except in the last one
 UNIT_TARGETS = 32
 
 
 @dataclass(frozen=True)
 class ExtractPlan:
-    """What the stage will take.
+    """The amount of work of an extraction.
 
     Attributes:
-        targets: images to be pulled out, of both sets.
-        completions: generations, one for each target and prefix.
-        judge: the name of who decides.
-        threshold: a completion that is more alike its target than this counts as extracted.
+        targets: number of images to attack, of both sets together.
+        completions: number of images to generate, one for each target and prefix length.
+        judge: name of the judge.
+        threshold: a target counts as extracted when its similarity is above this.
+        things: plural noun for what is counted.
     """
 
     targets: int
@@ -67,7 +69,7 @@ class ExtractPlan:
 
     @property
     def total(self) -> int:
-        """Images to be pulled out."""
+        """Number of images to attack."""
         return self.targets
 
     def __str__(self) -> str:
@@ -79,25 +81,26 @@ class ExtractPlan:
 
 @dataclass(frozen=True, eq=False)
 class Verdicts:
-    """What came back for the N targets of one set from P prefixes.
+    """The completions of the N targets of one set from P prefix lengths, and how similar they are to their targets.
 
     Attributes:
-        targets: the images.
-        candidate: bool [N], which of them are candidates of the whole set.
-        matched: bool [N], which of them are candidates of the part that matches the held-out set.
-        prefixes: lengths in tokens.
-        threshold: a completion that is more alike its target than this counts as extracted.
-        tokens: completions, int64 [P,N,T].
-        match: share of right tokens after the prefix, float64 [P,N].
-        similarity: of the completion with the tokenizer's reconstruction of the target, float32 [P,N]; without an
-            embedder this is the match.
-        original: of the completion with the image as the model sees it (its centre view), float32 [P,N]; NaN without an
+        targets: the images that were attacked.
+        candidate: bool [N], whether a target is a candidate of the whole set.
+        matched: bool [N], whether a target is a candidate of the part of the set that matches the held-out set.
+        prefixes: the P prefix lengths, in tokens.
+        threshold: a target counts as extracted when its similarity is above this.
+        tokens: the completions, int64 [P,N,T].
+        match: share of correct tokens after the prefix, float64 [P,N].
+        similarity: similarity of the completion and the tokenizer's reconstruction of the target, float32 [P,N];
+            without an embedder the same as ``match``.
+        original: similarity of the completion and the image itself (its centre view), float32 [P,N]; NaN without an
             embedder.
-        ceiling: of the reconstruction with that view, float32 [N]; NaN without an embedder.
-        nearest: id of the training image nearest to the completion, int64 [P,N]; -1 without an index.
-        nearest_similarity: its similarity, float32 [P,N]; NaN without an index.
-        twin_similarity: of the target with the nearest other training image, float32 [N]; NaN without an index.
-        groups: numbers of near-duplicate groups of targets, int64 [N].
+        ceiling: similarity of the reconstruction and the image itself, float32 [N]; NaN without an embedder.
+        nearest: id of the training image most similar to the completion, int64 [P,N]; -1 without an index.
+        nearest_similarity: similarity of the completion and that image, float32 [P,N]; NaN without an index.
+        twin_similarity: similarity of the target and the most similar other training image, float32 [N]; NaN without an
+            index.
+        groups: number of the near-duplicate group of each target, int64 [N].
     """
 
     targets: Targets
@@ -117,22 +120,31 @@ class Verdicts:
 
     @property
     def extracted(self) -> np.ndarray:
-        """Which completions are more alike the reconstruction than the threshold, bool [P,N]."""
+        """Whether the completion's similarity to the reconstruction is above the threshold, bool [P,N]."""
         return self.similarity > self.threshold
 
     @property
     def extracted_original(self) -> np.ndarray:
-        """Which completions are more alike the image than the threshold, bool [P,N]."""
+        """Whether the completion's similarity to the image itself is above the threshold, bool [P,N]."""
         return self.original > self.threshold
 
     def distinct(self, prefix: int) -> int:
-        """Groups of near-duplicate candidates of which one was extracted with the prefix at this position."""
+        """Return how many near-duplicate groups hold a candidate extracted from the prefix at position ``prefix``."""
         return distinct(self.extracted[prefix] & self.candidate, self.groups)
 
 
 @dataclass(frozen=True, eq=False)
 class Extraction:
-    """The verdicts on both sets, by "train" and "heldout", and what they were reached with."""
+    """The result of an extraction.
+
+    Attributes:
+        sets: verdicts on the candidates by set, "train" and "heldout".
+        prefixes: prefix lengths, in tokens.
+        threshold: a target counts as extracted when its similarity is above this.
+        judge: name of the judge.
+        index: folder of the index in which completions were searched; None where none was searched.
+        seconds: duration of this call.
+    """
 
     sets: dict[str, Verdicts]
     prefixes: tuple[int, ...]
@@ -142,7 +154,10 @@ class Extraction:
     seconds: float
 
     def false_alarm_thresholds(self) -> list[float | None]:
-        """For each prefix the threshold that at most 1 % of the held-out candidates exceed; None without them."""
+        """Return for each prefix length the smallest similarity that at most 1 % of the held-out candidates are above.
+
+        An entry is None where there are no held-out candidates.
+        """
         if "heldout" not in self.sets:
             return [None] * len(self.prefixes)
         heldout = self.sets["heldout"]
@@ -167,28 +182,28 @@ def extract(
     workers: int | None = None,
     reporter: Reporter = SILENT,
 ) -> Extraction:
-    """Attack the candidates of the set "train" and, where there is one, "heldout", and judge what comes back.
+    """Attack the candidates of the set "train" and, where given, of the set "heldout", and judge their completions.
 
     Args:
         model: the model, edited or not.
         sources: images by set.
-        manifests: their order by set.
-        scores: candidate scores of every image, float [N] in manifest order, by set.
-        judge: who decides how alike a completion and its target are.
-        index: of the training set, in which every completion is searched; None searches nothing.
-        prefixes: lengths in tokens; None takes the model's ladder.
-        top_per_class: how many candidates of every class.
-        matched: training images that match the held-out set, bool [N]; candidates are chosen among them too, so that
-            both sides are chosen from equally many images. None where all of them match.
-        without: ids of candidates that are left out after the choice, because an edit was chosen on them.
-        folder: where finished work units lie, from which an interrupted run goes on; None keeps them in memory.
-        batch_size: rows of tokens that are completed at once.
-        cache: where the targets' tokens are looked up.
-        workers: processes that decode images, as in ``load_views``.
-        reporter: is told the plan, targets that are done, and what a person should know.
+        manifests: order of the images by set.
+        scores: candidate scores of all images by set, float [N] in manifest order.
+        judge: measures how similar completions and their targets are.
+        index: index of the training set, in which every completion is searched; None searches nothing.
+        prefixes: prefix lengths, in tokens; None for the model's own list.
+        top_per_class: number of candidates of every class.
+        matched: bool [N], which training images match the held-out set; candidates are chosen among these, too, so that
+            the candidates of both sets are chosen from equally many images. None where all training images match.
+        without: ids of candidates to leave out, int64 [m], because the model's edit was chosen on them; None for none.
+        folder: where finished work units are saved, and read when a run is resumed; None saves nothing.
+        batch_size: number of completions computed at once.
+        cache: where the targets' tokens are looked up; None for no cache.
+        workers: number of processes that decode images; None chooses by cores and number of images.
+        reporter: is given the plan, the number of targets done, and notes on what was left out.
 
-    Raises: UsageError for a prefix that the model does not allow, or an index of another embedder; InputFileError for a
-    damaged unit. KeyboardInterrupt keeps the units that were finished.
+    Raises: UsageError where a prefix length is not allowed, no image can be read, or another embedder made the index;
+    InputFileError where a saved unit is damaged; KeyboardInterrupt on Ctrl-C, after the current unit was saved.
     """
     lengths = tuple(model.prefixes if prefixes is None else prefixes)
     check_prefixes(model, lengths)
@@ -222,7 +237,10 @@ def extract(
 
 
 def check_prefixes(model: Model, prefixes: Sequence[int]) -> None:
-    """Raises: UsageError where a prefix is not one the model allows, is everything, or comes twice."""
+    """Check that prefix lengths, in tokens, are different, allowed by the model and shorter than an image.
+
+    Raises: UsageError where they are not, or where there are none.
+    """
     allowed = [length for length in model.prefix_lengths if length < model.num_tokens]
     wrong = [length for length in prefixes if length not in allowed]
     if wrong or not prefixes or len(set(prefixes)) < len(prefixes):
@@ -233,7 +251,7 @@ def check_prefixes(model: Model, prefixes: Sequence[int]) -> None:
 
 @dataclass(frozen=True, eq=False)
 class _Part:
-    """The verdicts on one work unit; fields as in Verdicts."""
+    """The verdicts on the targets of one work unit; fields have the names and shapes of those of `Verdicts`."""
 
     ids: Tensor
     true: Tensor
@@ -253,6 +271,8 @@ class _Part:
 
 @dataclass
 class _Stage:
+    """The model, the settings and the folder that all work units of an extraction share."""
+
     model: Model
     judge: Judge
     index: EmbeddingIndex | None
@@ -266,7 +286,7 @@ class _Stage:
     def run(
         self, split: str, source: ImageSource, manifest: Manifest, scores: np.ndarray, positions: np.ndarray
     ) -> list[tuple[Targets, _Part]]:
-        """The parts of every work unit of a set, from its file where it is done."""
+        """Return the targets and verdicts of every work unit of a set, read from its file where it is finished."""
         done = []
         with Interruption() as interruption:
             for number, at in enumerate(_cut(manifest.labels[positions])):
@@ -291,6 +311,7 @@ class _Stage:
         return done
 
     def _judge(self, split: str, targets: Targets, source: ImageSource, manifest: Manifest) -> _Part:
+        """Attack the targets of one work unit and judge their completions."""
         generated = attack(self.model, targets, self.prefixes, batch_size=self.batch_size)
         similarity = self.judge.similarities(self.model, targets, self.prefixes, generated)
         match = token_match(targets.tokens, self.prefixes, generated)
@@ -322,14 +343,14 @@ class _Stage:
         )
 
     def _nearest_other(self, split: str, targets: Targets, vectors: np.ndarray) -> np.ndarray:
-        """Cosine of each target with the nearest training image that is not itself, float32 [N]."""
+        """Return the cosine of each target and the nearest training image other than itself, float32 [N]."""
         found = self.index.search(vectors, min(2, len(self.index)))
         itself = found.ids == targets.ids[:, None]
         return np.where(itself, -np.inf, found.cosines).max(1).astype(np.float32)
 
 
 def _cut(labels: np.ndarray) -> list[np.ndarray]:
-    """Positions of work units: whole classes, in order, of together at least UNIT_TARGETS targets."""
+    """Return the positions of each work unit's targets; a unit has whole classes with at least UNIT_TARGETS targets."""
     units, start = [], 0
     for stop in [*(np.flatnonzero(np.diff(labels)) + 1).tolist(), len(labels)]:
         if stop - start >= UNIT_TARGETS or (stop == len(labels) and stop > start):
@@ -341,6 +362,7 @@ def _cut(labels: np.ndarray) -> list[np.ndarray]:
 def _join(
     parts: Sequence[tuple[Targets, _Part]], ids: Mapping[str, np.ndarray], prefixes: tuple[int, ...], judge: Judge
 ) -> Verdicts:
+    """Join the work units of a set; ``ids`` holds the image ids of its candidates and of its matched candidates."""
     if not parts:
         raise UsageError("expected at least one candidate, got none: not one image could be read")
     targets = [t for t, _ in parts]

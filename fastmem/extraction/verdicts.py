@@ -1,4 +1,4 @@
-"""Verdicts: when a completion counts as its target, and what a count of such verdicts says."""
+"""Verdicts: how similar a completion and its target are, when the target counts as extracted, and how many are."""
 
 from __future__ import annotations
 
@@ -15,30 +15,40 @@ from fastmem.extraction.candidates import Targets
 from fastmem.index.embedding import DIMENSIONS, Embedder, embed
 from fastmem.models.model import Model
 
-# published for SSCD (arXiv 2502.02514); of tokens this share has to be right
+# the cosine is the published threshold for SSCD (arXiv 2502.02514); the other is a share of correct tokens
 SSCD_THRESHOLD, MATCH_THRESHOLD = 0.75, 0.9
+# share of held-out images that may be above the false-alarm threshold
 FALSE_ALARMS = 0.01
-# embeddings of token rows that are kept for the next question, 200 MiB
+# embeddings of generated images that are kept in memory, about 200 MiB
 REMEMBERED = 100_000
+# rows of the similarity matrix computed at once
 GROUP_BLOCK = 64
 
 
 class Judge(Protocol):
-    """Tells how alike a completion and its target are.
+    """A measure of how similar completions and their targets are.
 
-    name: the embedder, or token-match: results of different names are never compared; threshold: a completion that is
-    more alike than this counts as extracted.
+    Attributes:
+        name: name of the embedder, or "token-match"; results of judges with different names must not be compared.
+        threshold: a target counts as extracted when its similarity is above this.
     """
 
     name: str
     threshold: float
 
     def similarities(self, model: Model, targets: Targets, prefixes: Sequence[int], generated: Tensor) -> np.ndarray:
-        """Similarity of completions int64 [P,N,T] with their targets as the tokenizer shows them: float32 [P,N]."""
+        """Return the similarity of every completion with its target, float32 [P,N].
+
+        Args:
+            model: the model whose tokenizer decodes tokens to pictures.
+            targets: the N images that were attacked, compared as the tokenizer reconstructs them.
+            prefixes: the P prefix lengths, in tokens.
+            generated: the completions, int64 [P,N,T].
+        """
 
 
 class TokenMatch:
-    """Without an embedder: the share of the tokens after the prefix that are the true ones, in [0,1]."""
+    """A judge that needs no embedder: the share of tokens after the prefix that are correct, in [0,1]."""
 
     name = "token-match"
 
@@ -46,14 +56,22 @@ class TokenMatch:
         self.threshold = threshold
 
     def similarities(self, model: Model, targets: Targets, prefixes: Sequence[int], generated: Tensor) -> np.ndarray:
-        """Share of right tokens after the prefix, float32 [P,N]."""
+        """Return the share of correct tokens after the prefix, float32 [P,N].
+
+        Args:
+            model: not used.
+            targets: the N images that were attacked.
+            prefixes: the P prefix lengths, in tokens.
+            generated: the completions, int64 [P,N,T].
+        """
         return token_match(targets.tokens, prefixes, generated).float().numpy()
 
 
 class SSCDJudge:
-    """The cosine of SSCD embeddings of pictures, in [-1,1].
+    """A judge by SSCD: the cosine between embeddings of the decoded completion and the decoded target, in [-1,1].
 
-    Equal rows of tokens are decoded and embedded once, also over many calls.
+    ``embedder`` computes the embeddings, and a target counts as extracted when its cosine is above ``threshold``.
+    Embeddings are kept in memory, so that equal images are embedded only once, even in later calls.
 
     Source: arXiv 2502.02514, section 5; SSCD is arXiv 2202.10261.
     """
@@ -64,13 +82,20 @@ class SSCDJudge:
         self._tokenizer = ""
 
     def similarities(self, model: Model, targets: Targets, prefixes: Sequence[int], generated: Tensor) -> np.ndarray:
-        """Cosine of decoded completions with the decoded targets, float32 [P,N]."""
+        """Return the cosine between every decoded completion and its decoded target, float32 [P,N].
+
+        Args:
+            model: the model whose tokenizer decodes tokens to pictures.
+            targets: the N images that were attacked.
+            prefixes: not used.
+            generated: the completions, int64 [P,N,T].
+        """
         true = self.vectors(model, targets.tokens)
         made = self.vectors(model, generated.flatten(0, 1)).reshape(*generated.shape[:2], DIMENSIONS)
         return cosines(made, true)
 
     def vectors(self, model: Model, tokens: Tensor) -> np.ndarray:
-        """Embeddings of decoded tokens int64 [N,T]: float32 [N,512]."""
+        """Return the embeddings, float32 [N,512], of the pictures that ``model`` decodes from tokens int64 [N,T]."""
         tokenizer = model.tokenizer_hash()
         if tokenizer != self._tokenizer:
             self._known, self._tokenizer = {}, tokenizer
@@ -89,13 +114,13 @@ class SSCDJudge:
 
 
 def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Cosine of unit vectors [...,512] and [...,512] along the last axis, float32 [...]; 1 for equal vectors."""
+    """Return the cosine of unit vectors along the last axis, float32 [...]; ``a`` and ``b``, [...,512], may broadcast."""
     return np.einsum("...d,...d->...", a.astype(np.float64), b.astype(np.float64)).clip(-1, 1).astype(np.float32)
 
 
 @dataclass(frozen=True)
 class Count:
-    """k of n, with the 95 % Wilson interval of the share.
+    """A count ``k`` out of ``n``, such as extracted targets, with the 95 % Wilson interval of the share k / n.
 
     Source: Wilson (1927), Probable inference, the law of succession, and statistical inference.
     """
@@ -105,7 +130,7 @@ class Count:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Low and high end of the share, in [0,1]; (0, 1) of nothing."""
+        """Lower and upper end of the interval of the share, in [0,1]; (0, 1) where ``n`` is 0."""
         if not self.n:
             return 0.0, 1.0
         z, n = 1.959963984540054, self.n
@@ -113,7 +138,7 @@ class Count:
         middle = share + z * z / (2 * n)
         half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
         scale = 1 + z * z / n
-        # at the ends the formula is exact but for rounding
+        # at k = 0 and k = n the formula gives 0 and 1, but only up to rounding
         low = 0.0 if self.k == 0 else (middle - half) / scale
         high = 1.0 if self.k == n else (middle + half) / scale
         return low, high
@@ -124,16 +149,20 @@ class Count:
 
 
 def false_alarm_threshold(similarities: np.ndarray, rate: float = FALSE_ALARMS) -> float | None:
-    """The smallest threshold that at most ``rate`` of held-out similarities, float [M], exceed; None of nothing."""
+    """Return the smallest similarity that at most a share ``rate`` of the held-out similarities, float [M], are above.
+
+    Return None where there are no similarities.
+    """
     if not len(similarities):
         return None
     return float(np.sort(similarities)[::-1][math.floor(rate * len(similarities))])
 
 
 def near_duplicate_groups(count: int, alike: Callable[[int, int], np.ndarray]) -> np.ndarray:
-    """The group of each of ``count`` images, int64 [N]: images chained by being alike share one.
+    """Return the number of the near-duplicate group of each of ``count`` images, int64 [count].
 
-    alike: bool [stop-start,N] for rows start..stop-1.
+    Two images are in the same group if a chain of similar images connects them. ``alike(start, stop)`` says which
+    images are similar to the images from ``start`` up to but without ``stop``: bool [stop-start,count].
     """
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
@@ -147,12 +176,15 @@ def near_duplicate_groups(count: int, alike: Callable[[int, int], np.ndarray]) -
 
 
 def groups_by_cosine(vectors: np.ndarray, threshold: float) -> np.ndarray:
-    """Near-duplicates by cosine above ``threshold``: unit vectors float32 [N,D] -> int64 [N]."""
+    """Return near-duplicate groups, int64 [N], of unit vectors, float32 [N,D], whose cosine is above ``threshold``."""
     return near_duplicate_groups(len(vectors), lambda start, stop: vectors[start:stop] @ vectors.T > threshold)
 
 
 def groups_by_tokens(tokens: Tensor, threshold: float) -> np.ndarray:
-    """Near-duplicates by a share of equal tokens above ``threshold``: int64 [N,T] -> int64 [N]."""
+    """Return near-duplicate groups, int64 [N], of images whose share of equal tokens is above ``threshold``.
+
+    ``tokens``, int64 [N,T], are the tokens of the images.
+    """
     rows = tokens.numpy()
     return near_duplicate_groups(
         len(rows), lambda start, stop: (rows[start:stop, None] == rows[None]).mean(2) > threshold
@@ -160,5 +192,8 @@ def groups_by_tokens(tokens: Tensor, threshold: float) -> np.ndarray:
 
 
 def distinct(extracted: np.ndarray, groups: np.ndarray) -> int:
-    """Groups of near-duplicates with at least one extracted image: bool [N], int64 [N]."""
+    """Return how many near-duplicate groups hold at least one extracted image.
+
+    ``extracted``, bool [N], says which images are extracted, and ``groups``, int64 [N], in which group each image is.
+    """
     return len(np.unique(groups[extracted]))

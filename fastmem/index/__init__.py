@@ -1,1 +1,1 @@
-"""The index of a training set: SSCD embeddings of its images, and the search for the nearest of them."""
+"""The index of a training set: SSCD embeddings of its images, and the search for the images nearest to others."""

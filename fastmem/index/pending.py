@@ -1,4 +1,4 @@
-"""Vectors on their way into an index: numbered files, each with the ids and names of its rows."""
+"""Files of vectors that are embedded but not yet in the index, each with the ids and names of its rows."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ from fastmem.files import read_tensors, write_tensors
 from fastmem.index.embedding import DIMENSIONS, Embedder
 
 PENDING_SCHEMA = "fastmem.index-pending/1"
+# a file is saved when either of these is reached, so that an interruption loses little work
 SAVE_SECONDS = 60.0
 SAVE_IMAGES = 8192
 
 
 class PendingPart:
-    """Vectors on their way into one pending file."""
+    """Collects the vectors of the images of ``manifest`` that go into one pending file."""
 
     def __init__(self, manifest: Manifest) -> None:
         self._manifest = manifest
@@ -34,7 +35,14 @@ class PendingPart:
         self.taken = 0
 
     def take(self, asked: np.ndarray, rows: np.ndarray, vectors: np.ndarray | None, skipped: list[Skipped]) -> None:
-        """One batch: positions asked for, those that could be read with their vectors, and the rest with reasons."""
+        """Collect the vectors of one batch.
+
+        Args:
+            asked: int64 [n], manifest positions of the batch.
+            rows: int64 [m], those of them that could be read.
+            vectors: float32 [m,512], their vectors; None where none could be read.
+            skipped: the images that could not be read, with the reasons.
+        """
         self.taken += len(asked)
         self._rows.append(rows)
         self._vectors += [] if vectors is None else [vectors]
@@ -42,9 +50,14 @@ class PendingPart:
         self._skipped += skipped
 
     def is_due(self) -> bool:
+        """Return whether it is time to save the file: after 60 seconds or 8,192 images."""
         return self.taken >= SAVE_IMAGES or time.monotonic() - self._started > SAVE_SECONDS
 
     def save(self, path: Path, embedder: Embedder) -> Path:
+        """Write the collected vectors to ``path``, with the name of the ``embedder`` that made them; return ``path``.
+
+        Raises: UsageError where the folder cannot be written.
+        """
         rows, missing = np.concatenate(self._rows), np.concatenate(self._missing)
         header = {
             "embedder": embedder.name,
@@ -59,9 +72,9 @@ class PendingPart:
 
 
 def read_pending(path: Path, embedder: Embedder) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-    """Ids int64 [n], vectors float32 [n,512] and header of one pending file.
+    """Return the image ids, int64 [n], the vectors, float32 [n,512], and the header of one pending file.
 
-    Raises: InputFileError where it is damaged; UsageError where another embedder made it.
+    Raises: InputFileError where the file is damaged; UsageError where another embedder than ``embedder`` made it.
     """
     tensors, header = read_tensors(path, PENDING_SCHEMA)
     if (header.get("embedder"), header.get("digest")) != (embedder.name, embedder.digest):

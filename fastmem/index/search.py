@@ -1,4 +1,4 @@
-"""The index of a training set: one unit vector per image, searched by cosine, with every row's image id and name."""
+"""Search an index for the images nearest to given embeddings, by cosine."""
 
 from __future__ import annotations
 
@@ -15,19 +15,23 @@ from fastmem.index.files import check_same_embedder, read_header, read_images
 from fastmem.index.nearest import FaissNearest, choose_nearest
 from fastmem.models.checkpoints import resolve_device
 
+# queries that are searched at a time
 QUERY_BLOCK = 1024
-# rows fetched beyond those asked for; float32 products differ by less than CLOSE from the cosines computed afterwards
+# a search first fetches SPARE rows more than asked for, because its float32 products may be off by up to CLOSE
 SPARE, CLOSE = 7, 1e-5
-# vectors that are looked at again at a time
+# vectors whose exact cosines are computed at a time
 EXACT_BLOCK = 65_536
 
 
 @dataclass(frozen=True)
 class Neighbours:
-    """The nearest images of each query, nearest first, equal cosines by smallest id.
+    """The k images nearest to each of Q queries, nearest first; of equal cosines the smaller id comes first.
 
-    ids: int64 [Q,k]; cosines: float32 [Q,k] in [-1,1]. Where an approximate index found fewer than k, the id is -1 and
-    the cosine -inf.
+    Where an approximate index finds fewer than k images, the remaining ids are -1 and their cosines -inf.
+
+    Attributes:
+        ids: int64 [Q,k], image ids.
+        cosines: float32 [Q,k] in [-1,1].
     """
 
     ids: np.ndarray
@@ -35,22 +39,25 @@ class Neighbours:
 
 
 class EmbeddingIndex:
-    """A finished index, mapped into memory.
+    """A finished index of N images, whose vectors are mapped into memory.
 
     Attributes:
-        path: its folder.
-        header: what it is.
-        ids: int64 [N], image ids in row order.
-        names: strings [N], ``class/name`` in row order, an arrow column.
-        searched_by: faiss-cpu, faiss-gpu, or torch-cuda.
+        path: folder of the index.
+        header: description of the index, as in its index.json.
+        ids: int64 [N], image id of each row.
+        names: strings [N], ``class/name`` of each row, an arrow column.
+        searched_by: what runs the searches: "faiss-cpu", "faiss-gpu" or "torch-cuda".
     """
 
     def __init__(
         self, path: str | Path, device: str = "auto", note: Callable[[str], None] = lambda sentence: None
     ) -> None:
-        """Open an index; ``device``: where to search; ``note``: told where a GPU is there and something else searches.
+        """Open the index in the folder ``path``, to be searched on ``device``.
 
-        Raises: InputFileError where a file is missing, damaged or not the others'; UsageError for a wrong device.
+        ``note`` is given a sentence where the device is a GPU that faiss cannot use.
+
+        Raises: InputFileError where a file is missing or damaged, or the files do not belong together; UsageError where
+        there is no such device.
         """
         self.path = Path(path)
         self.header = read_header(self.path)
@@ -65,25 +72,25 @@ class EmbeddingIndex:
         return self.header.count
 
     def check_embedder(self, embedder: Embedder) -> None:
-        """Raises: UsageError where the index was made by another embedder than ``embedder``."""
+        """Check that ``embedder`` made the vectors. Raises: UsageError where another embedder made them."""
         check_same_embedder(self.path, self.header, embedder.name, embedder.digest)
 
     def contains(self, ids: np.ndarray) -> np.ndarray:
-        """Which image ids have a row, int64 [M] -> bool [M]."""
+        """Return, for image ids int64 [M], whether the index has a row for each: bool [M]."""
         return self.ids[self._positions(ids)] == ids
 
     def vectors(self, ids: np.ndarray) -> np.ndarray:
-        """The vectors of images, int64 [M] -> float32 [M,512]. Raises: UsageError for an id without a row."""
+        """Return the vectors, float32 [M,512], of image ids int64 [M]. Raises: UsageError where an id has no row."""
         return faiss_index.vectors_at(self._index, self._rows(ids))
 
     def name(self, image_id: int) -> str:
-        """``class/name`` of an image. Raises: UsageError for an id without a row."""
+        """Return the name, ``class/name``, of an image id. Raises: UsageError where the id has no row."""
         return str(self.names[int(self._rows(np.array([image_id]))[0])].as_py())
 
     def search(self, vectors: np.ndarray, k: int = 1) -> Neighbours:
-        """The ``k`` images of largest cosine with each query, float32 [Q,512] of length 1.
+        """Return the ``k`` images of largest cosine with each query; queries are float32 [Q,512], each of length 1.
 
-        Raises: UsageError where the queries have another shape or length, or ``k`` is not in 1..count.
+        Raises: UsageError where a query has another shape or length, or ``k`` is not from 1 to the number of images.
         """
         queries = np.ascontiguousarray(vectors, dtype=np.float32)
         if queries.ndim != 2 or queries.shape[1] != DIMENSIONS:
@@ -102,7 +109,7 @@ class EmbeddingIndex:
         return Neighbours(ids, cosines)
 
     def _search_block(self, queries: np.ndarray, k: int, ids: np.ndarray, cosines: np.ndarray) -> None:
-        """Fill ids and cosines [q,k]; fetches more rows while one of them could take the k-th place."""
+        """Fill ids and cosines [q,k]; fetch more rows as long as a row not yet fetched could be among the nearest k."""
         open_queries, width = np.arange(len(queries)), min(k + SPARE, len(self))
         while len(open_queries):
             nearest = self._nearest if width <= self._nearest.max_width else self._cpu
@@ -115,9 +122,9 @@ class EmbeddingIndex:
             width = min(4 * width, len(self))
 
     def _ordered(self, queries: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Ids and cosines of proposed rows [q,w], by cosine and then id; computed in float64 from the vectors."""
+        """Return ids and cosines, computed in float64, of proposed rows [q,w], sorted by cosine and then by id."""
         ids, cosines = np.empty_like(rows), np.empty(rows.shape, np.float32)
-        # a few queries at a time, because of the vectors of w rows each
+        # a few queries at a time, because each needs w vectors in memory
         step = max(1, EXACT_BLOCK // rows.shape[1])
         for start in range(0, len(rows), step):
             part = rows[start : start + step]

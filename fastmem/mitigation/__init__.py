@@ -1,1 +1,1 @@
-"""Weakening units: scaling their rows in place and exactly undoing it, edit files, edited checkpoints, attribution."""
+"""Edits of a model: choose units by attribution, scale their weights, undo that exactly, and save edits as files."""

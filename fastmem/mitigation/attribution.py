@@ -1,12 +1,12 @@
-"""Attribution: what scaling a unit's row would do to the loss of memorised images, against images never seen.
+"""Attribution: how much weakening a unit raises the loss of memorised images more than the loss of unseen images.
 
-    score(u) = -d/ds_u [loss(candidates) - loss(held-out)] at s = 1
+    score(u) = -d/ds_u [loss(memorised) - loss(held-out)] at s = 1
 
-s_u multiplies row u of fc1's weight; the loss is the mean cross entropy of the true tokens of the centre views under
-their own labels, teacher-forced. The derivative is the row sum of weight times gradient; it is taken here from fc1's
-output z = x W^T + b as the sum over positions of (z - b) dL/dz, so that no gradient of a weight is ever held.
+The factor s_u multiplies row u of an fc1 weight matrix. The loss is the mean cross entropy of the true tokens of the
+centre views under their own labels, teacher-forced. Its derivative by s_u is computed from fc1's output z = x W^T + b as
+the sum over positions of (z - b) dL/dz, so that no gradient of a weight matrix needs memory.
 
-Held at once: the activations of one micro-batch of ``batch_size`` images, with which memory grows in proportion.
+The activations of ``batch_size`` images are in memory at once.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ from fastmem.stats import UnitStats
 from fastmem.tokens.cache import TokenCache
 from fastmem.tokens.true_images import read_true_images, spread
 
+# images of one backward pass by default
 BATCH_IMAGES = 8
+# held-out images used at most by default
 HELDOUT_IMAGES = 256
 
 
@@ -48,21 +50,23 @@ def attribution(
     cache: TokenCache | None = None,
     workers: int | None = None,
 ) -> Tensor:
-    """How much memorised images would lose, beyond images never seen, by weakening each unit: float64 [layers, units].
+    """Return the attribution score of every unit, float64 [layers, units], in nats per token.
+
+    A score is positive where weakening the unit raises the loss of memorised images more than that of held-out images.
 
     Args:
         model: the unedited model.
         source: the training images.
-        ids: ids of the memorised images among them, int64 [m].
+        ids: ids of the memorised training images, int64 [m].
         heldout: images that the model was not trained on.
-        heldout_ids: ids of those that may be taken, int64 [k]; None allows all.
-        heldout_images: how many of them are taken at the most, evenly over the classes.
-        batch_size: images of one backward pass, which bounds memory.
-        cache: where tokens are looked up.
-        workers: processes that decode images, as in ``load_views``.
+        heldout_ids: ids of the held-out images that may be used, int64 [k]; None for all.
+        heldout_images: greatest number of held-out images to use, chosen evenly over the classes.
+        batch_size: number of images in one backward pass; memory grows with it.
+        cache: where tokens are looked up; None for no cache.
+        workers: number of processes that decode images; None chooses by cores and number of images.
 
-    Raises: UsageError for ids that the source lacks, no ids, or a number below 1; InputFileError where no image of a
-    set can be read.
+    Raises: UsageError where an id is not in its source, there are no ids, or a number is below 1; InputFileError where
+    no image of a set can be read.
     """
     if heldout_images < 1:
         raise UsageError(f"expected at least 1 held-out image, got {heldout_images}: raise it")
@@ -85,6 +89,7 @@ def _read_tokens(
     cache: TokenCache | None,
     workers: int | None,
 ) -> tuple[Tensor, Tensor]:
+    """Return tokens and labels of the images at some manifest positions."""
     found = read_true_images(model, source, manifest, positions, cache=cache, workers=workers)
     check_readable(source, len(positions), found.count)
     return found.tokens, found.labels
@@ -98,9 +103,18 @@ def attribution_from_tokens(
     heldout_labels: Tensor,
     batch_size: int = BATCH_IMAGES,
 ) -> Tensor:
-    """As ``attribution``, from true tokens int64 [N,T] under labels int64 [N]: float64 [layers, units].
+    """Return the attribution score of every unit, float64 [layers, units], from images that are tokenized already.
 
-    Raises: UsageError for no images, a batch below 1, other shapes, or values out of range.
+    Args:
+        model: the model, edited or not.
+        tokens: true tokens of the memorised images, int64 [N,T].
+        labels: classes of the memorised images, int64 [N].
+        heldout_tokens: true tokens of the held-out images, int64 [M,T].
+        heldout_labels: classes of the held-out images, int64 [M].
+        batch_size: number of images in one backward pass; memory grows with it.
+
+    Raises: UsageError where there are no images, ``batch_size`` is below 1, or tokens or labels have another shape or
+    are out of range.
     """
     memorised = loss_slopes(model, tokens, labels, batch_size)
     return loss_slopes(model, heldout_tokens, heldout_labels, batch_size) - memorised
@@ -109,15 +123,24 @@ def attribution_from_tokens(
 @torch.inference_mode(False)
 @torch.enable_grad()
 def loss_slopes(model: Model, tokens: Tensor, labels: Tensor, batch_size: int = BATCH_IMAGES) -> Tensor:
-    """Derivative of the mean loss by a factor on each unit's row, at 1: float64 [layers, units], nats per token.
+    """Return the derivative of the mean loss by a factor on each unit's weights, float64 [layers, units], at factor 1.
 
-    tokens: int64 [N,T]; labels: int64 [N]. Raises: as ``attribution_from_tokens``.
+    The loss is in nats per token.
+
+    Args:
+        model: the model, edited or not.
+        tokens: true tokens of the images, int64 [N,T].
+        labels: classes of the images, int64 [N].
+        batch_size: number of images in one backward pass; memory grows with it.
+
+    Raises: UsageError where there are no images, ``batch_size`` is below 1, or tokens or labels have another shape or
+    are out of range.
     """
     if not len(tokens) or batch_size < 1:
         raise UsageError(
             f"expected images, in batches of at least 1, got {len(tokens)} in batches of {batch_size}: give more"
         )
-    # tokens that a model made are inference tensors, which a backward pass cannot keep: they are copied
+    # generated tokens are inference tensors, which a backward pass cannot save, so they are copied
     tokens, labels = model.check_inputs(tokens.clone(), labels.clone())
     total = torch.zeros(model.num_layers, model.num_units, dtype=torch.float64, device=model.device)
     for batch, own in zip(tokens.split(batch_size), labels.split(batch_size), strict=True):
@@ -130,7 +153,7 @@ def loss_slopes(model: Model, tokens: Tensor, labels: Tensor, batch_size: int = 
 
 @contextmanager
 def _factors(layers: tuple[nn.Linear, ...]) -> Iterator[list[Tensor]]:
-    """While entered, each layer's rows are multiplied by a factor of 1 that can be differentiated, float64 [units]."""
+    """Inside this context, multiply each layer's rows by factors of 1, float64 [units], that have a gradient."""
     factors = [
         torch.ones(layer.out_features, dtype=torch.float64, device=layer.weight.device, requires_grad=True)
         for layer in layers
@@ -147,13 +170,11 @@ def _factors(layers: tuple[nn.Linear, ...]) -> Iterator[list[Tensor]]:
 
 
 class _Scaled(torch.autograd.Function):
-    """The identity on z = x W^T + b, seen as s x W^T + b at s = 1.
-
-    z is what the GELU behind it keeps for its own derivative, so nothing more is held.
-    """
+    """The function s x W^T + b at s = 1, which returns its input z = x W^T + b, with the derivative by s."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, bias: Tensor, factor: Tensor) -> Tensor:
+        # the GELU after fc1 saves the same tensor for its own derivative, so this takes no more memory
         ctx.save_for_backward(output, bias)
         return output.view_as(output)
 
@@ -161,24 +182,24 @@ class _Scaled(torch.autograd.Function):
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, None, Tensor]:
         output, bias = ctx.saved_tensors
         wide = torch.float64 if output.dtype == torch.float64 else torch.float32
-        # one position's share in single precision, the sum over images in double
+        # float32 is enough within an image, but the sum over many images needs float64
         by_image = ((output.to(wide) - bias.to(wide)) * slope.to(wide)).sum(1)
         return slope, None, by_image.double().sum(0)
 
 
 def halves(ids: np.ndarray, labels: np.ndarray, seed: int = 0) -> np.ndarray:
-    """Split images in two, evenly in every class and as a whole to within one: bool [N], True for the first half.
+    """Split images at random into two halves and return which are in the first half, bool [N].
 
-    ids: int64 [N], different ones; labels: int64 [N]. The split depends on the seed and on which images there are, not
-    on their order.
+    The halves are equal to within one image, in every class and as a whole. The split depends on the ids, int64 [N] and
+    all different, on the labels, int64 [N], and on the seed, but not on the order of the images.
 
-    Raises: UsageError for another number of labels.
+    Raises: UsageError where there is not one label for each id.
     """
     ids, labels = np.asarray(ids), np.asarray(labels)
     if ids.shape != labels.shape or ids.ndim != 1:
         raise UsageError(f"expected a label for each of {ids.shape} ids, got {labels.shape}")
     drawn = np.argsort(ids)[np.random.default_rng(seed).permutation(len(ids))]
-    # dealing on from class to class keeps the whole even too
+    # alternating on from one class to the next also makes the whole halves equal to within one image
     drawn = drawn[np.argsort(labels[drawn], kind="stable")]
     first = np.zeros(len(ids), dtype=bool)
     first[drawn[::2]] = True
@@ -186,11 +207,17 @@ def halves(ids: np.ndarray, labels: np.ndarray, seed: int = 0) -> np.ndarray:
 
 
 def candidate_half(manifest: Manifest, scores: np.ndarray, seed: int = 0, per_class: int = TOP_PER_CLASS) -> np.ndarray:
-    """Ids of the half of the extraction candidates to choose on, int64 [m]; the other half is for reporting.
+    """Return the ids, int64 [m], of the half of the extraction candidates that units may be chosen on.
 
-    scores: candidate scores float [N] in manifest order, NaN for images that could not be read.
+    Results should be reported on the other half.
 
-    Raises: UsageError where there is no candidate to choose on.
+    Args:
+        manifest: the order of the training images.
+        scores: candidate scores of the training images, float [N] in manifest order; NaN for unreadable images.
+        seed: seed of the random split into halves.
+        per_class: number of candidates of every class.
+
+    Raises: UsageError where there are no candidates.
     """
     at = highest_per_class(manifest, scores, per_class)
     if not len(at):
@@ -199,8 +226,16 @@ def candidate_half(manifest: Manifest, scores: np.ndarray, seed: int = 0, per_cl
 
 
 def select_by_attribution(stats: UnitStats, scores: Tensor, fraction: float, scope: str, seed: int) -> Selection:
-    """The units of the highest attribution, float64 [layers, units]; seed: of the halves that it was found with.
+    """Return the units of highest attribution score.
 
-    Raises: as ``select``.
+    Args:
+        stats: statistics of the training images.
+        scores: attribution scores, float64 [layers, units].
+        fraction: share of all units to select, in (0,1].
+        scope: "global", or "per-layer" for equally many units in every layer.
+        seed: seed of the split into halves that the scores were computed with; it is only recorded.
+
+    Raises: UsageError where ``fraction`` is out of range, ``scope`` is unknown, or the scores have another shape or are
+    not finite.
     """
     return replace(select(stats, fraction, "scores", scope, scores=scores), by="attribution", seed=seed)

@@ -1,4 +1,4 @@
-"""Edit plans: which units to scale and by how much, tied to the weights they were chosen on, as small files."""
+"""Edit plans: small files that say which units to scale by which factor, for one particular set of weights."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastmem.ranking.selection import Selection
 from fastmem.runs.folder import RunFolder
 
 SCHEMA = "fastmem.edit/1"
-# what a file's header says, with the types that it must have
+# entries of a file's header and their types
 HEADER = {
     "model": str,
     "checkpoint": str,
@@ -42,26 +42,27 @@ def _no_ids() -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class EditPlan:
-    """Units to scale, each by its factor, and the weights that they were chosen on.
+    """Units to scale, a factor for each, and the weights that the units were chosen for.
 
     Attributes:
         layer: block of each unit, int64 [n].
-        unit: its number in the block, int64 [n].
-        factor: what its row is multiplied by, float64 [n].
+        unit: position of each unit in its block, int64 [n].
+        factor: number that the unit's row of fc1 weights is multiplied by, float64 [n].
         model: name of the model.
-        checkpoint: SHA-256 of the unedited generator.
-        dtype: its floating type.
-        layers: how many blocks it has.
-        units: how many fc1 outputs every block has.
-        by: the selection that the units were chosen by.
-        fraction: the share of all units that was asked for.
+        checkpoint: SHA-256 of the unedited generator's weights.
+        dtype: floating-point type of the generator's weights.
+        layers: number of blocks of the generator.
+        units: number of units (fc1 outputs) in every block.
+        by: name of the selection that chose the units.
+        fraction: share of all units that the selection was asked for.
         scope: "global" or "per-layer".
-        merge: how scores of several segments became one.
-        seed: of the selection.
-        chosen_on: ids of the training images that the choice has seen as memorised, int64 [m]; empty unless the units
-            were chosen by attribution. No result of the edit should be reported on them.
-        chosen_against: ids of the held-out images that it has weighed them against, int64 [k]; likewise.
-        name: what the file is called; empty for a plan that has none.
+        merge: how the scores of a unit in several segments were combined.
+        seed: seed of the selection.
+        chosen_on: ids of the training images that the selection used as memorised, int64 [m]; empty unless the units
+            were chosen by attribution. No result of the edit should be reported on these images.
+        chosen_against: ids of the held-out images that the selection compared with them, int64 [k]; empty unless the
+            units were chosen by attribution. No result of the edit should be reported on these images.
+        name: name of the file without its suffix; empty for a plan without a file.
     """
 
     layer: Tensor
@@ -94,17 +95,17 @@ class EditPlan:
         chosen_against: Tensor | None = None,
         name: str = "",
     ) -> EditPlan:
-        """The plan to scale a selection's units of an unedited model.
+        """Return a plan to scale the selected units of a model.
 
         Args:
             model: the unedited model.
-            selection: the units.
-            factor: one number for all, or one for each unit, float [n].
-            chosen_on: ids of the training images that the choice has seen, int64 [m].
-            chosen_against: ids of the held-out images that it has seen, int64 [k].
-            name: what the file will be called.
+            selection: the units to scale.
+            factor: one number for all units, or one for each unit, float [n].
+            chosen_on: ids of the training images that the selection used as memorised, int64 [m]; None for none.
+            chosen_against: ids of the held-out images that the selection compared with them, int64 [k]; None for none.
+            name: name of the file to be written, without its suffix.
 
-        Raises: UsageError for a model with edits, for units that it lacks, or a factor of another shape.
+        Raises: UsageError where the model is edited, it lacks a unit, or ``factor`` has another shape or is not finite.
         """
         _check_unedited(model)
         factors = torch.as_tensor(factor, dtype=torch.float64).cpu()
@@ -129,7 +130,7 @@ class EditPlan:
         return plan
 
     def check(self) -> None:
-        """Raises: UsageError where the units are not different ones of the model's, each with a finite factor."""
+        """Check the plan. Raises: UsageError where a unit does not exist or is repeated, or a factor is not finite."""
         check_units(self.layer, self.unit, self.layers, self.units)
         if self.factor.shape != self.layer.shape or not bool(self.factor.isfinite().all()):
             raise UsageError(
@@ -138,9 +139,9 @@ class EditPlan:
             )
 
     def apply(self, model: Model) -> Edit:
-        """Scale the units of the plan in ``model``, in place.
+        """Scale the units of the plan in ``model``, in place, and return the edit, which can be undone.
 
-        Raises: UsageError for a model with other weights than those that the units were chosen on.
+        Raises: UsageError where the model has other weights than those that the units were chosen for, or is edited.
         """
         _check_unedited(model)
         checkpoint, dtype = model.fingerprint()["checkpoint"], str(model.dtype).removeprefix("torch.")
@@ -152,11 +153,11 @@ class EditPlan:
         return scale_units(model, self, self.factor)
 
     def header(self) -> dict[str, Any]:
-        """What the file says besides the tensors."""
+        """Return the entries of the file's header: every attribute but the tensors and the name."""
         return {name: getattr(self, name) for name in HEADER}
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors by name, as the file has them."""
+        """Return the tensors of the file by name."""
         return {
             "layer": self.layer.long(),
             "unit": self.unit.long(),
@@ -166,17 +167,17 @@ class EditPlan:
         }
 
     def equals(self, other: EditPlan) -> bool:
-        """Whether both say the same, whatever their files' names."""
+        """Return whether ``other`` is the same plan, except for its name."""
         mine, theirs = self.tensors(), other.tensors()
         return self.header() == other.header() and all(torch.equal(mine[name], theirs[name]) for name in mine)
 
     def save(self, path: str | Path) -> None:
-        """Write a safetensors file, whole or not at all. Raises: UsageError where the place cannot be written."""
+        """Write the plan to a safetensors file. Raises: UsageError where the folder cannot be written."""
         write_tensors(Path(path), self.tensors(), SCHEMA, self.header())
 
     @classmethod
     def load(cls, path: str | Path) -> EditPlan:
-        """Read what ``save`` wrote. Raises: InputFileError for a missing, damaged or foreign file."""
+        """Read a plan from a file that `save` wrote. Raises: InputFileError where it is missing or damaged."""
         tensors, header = read_tensors(Path(path), SCHEMA)
         try:
             plan = cls(**_checked_tensors(tensors), **_checked_header(header), name=Path(path).stem)
@@ -189,7 +190,7 @@ class EditPlan:
 
 
 def _checked_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    # files of the first version have no held-out ids
+    # the first files of this format had no tensor of held-out ids
     tensors = {"chosen_against": _no_ids(), **tensors}
     kinds = {name: torch.float64 if name == "factor" else torch.int64 for name in TENSORS}
     found = {name: tensor.dtype for name, tensor in tensors.items() if tensor.ndim == 1}
@@ -214,16 +215,16 @@ def _check_unedited(model: Model) -> None:
 
 
 def edit_path(folder: RunFolder, name: str) -> Path:
-    """Where the edit called ``name`` of a run lies. Raises: UsageError for a name that does not suit a file."""
+    """Return the path of the edit called ``name`` in a run. Raises: UsageError where the name does not suit a file."""
     if not NAME.fullmatch(name):
         raise UsageError(f"expected a name of letters, digits, dots, dashes and underscores, got {name!r}: rename it")
     return folder.edits_folder / f"{name}.safetensors"
 
 
 def load_edit(folder: RunFolder, name: str) -> EditPlan:
-    """An edit of a run by its name, or any edit file by its path.
+    """Read an edit plan: the one called ``name`` in a run, or any file where ``name`` is a path.
 
-    Raises: UsageError for a name that the run does not have; InputFileError for a missing or damaged file.
+    Raises: UsageError where the run has no edit of that name; InputFileError where the file is missing or damaged.
     """
     if "/" in name or name.endswith(".safetensors"):
         return EditPlan.load(name)

@@ -1,4 +1,4 @@
-"""Writing a model's generator as a checkpoint that its authors' code reads."""
+"""Write a model's generator, with its edits, as a checkpoint that the code of the model's authors can load."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ TORCH_SUFFIXES = (".bin", ".pth")
 
 
 def check_checkpoint_path(path: Path) -> None:
-    """Raises: UsageError where no checkpoint can be written: another suffix, or a file that is there already."""
+    """Check that a checkpoint can be written to ``path``.
+
+    Raises: UsageError where the suffix is not .safetensors, .bin or .pth, or the file exists already.
+    """
     if path.suffix not in (".safetensors", *TORCH_SUFFIXES):
         raise UsageError(
             f"expected a .safetensors, .bin or .pth file to write the checkpoint to, got {path}: rename it"
@@ -27,11 +30,12 @@ def check_checkpoint_path(path: Path) -> None:
 
 
 def save_checkpoint(model: Model, path: str | Path) -> None:
-    """Write the generator's weights as they are now, under the official names, in the type they are held in.
+    """Write the generator's weights, with all edits in force, under their official names and in their present type.
 
-    path: a new file; .safetensors, or .bin and .pth for a bare state dict that ``torch.load(weights_only=True)`` reads.
+    ``path`` is a new file. The suffix .safetensors makes a safetensors file; .bin and .pth make a plain state dict that
+    ``torch.load(weights_only=True)`` can read.
 
-    Raises: UsageError for another suffix, a file that is there already, or a place that cannot be written.
+    Raises: UsageError where the suffix is another one, the file exists already, or the folder cannot be written.
     """
     path = Path(path)
     check_checkpoint_path(path)
@@ -40,7 +44,7 @@ def save_checkpoint(model: Model, path: str | Path) -> None:
     try:
         write_atomically(path, lambda partial: write(state, partial))
     except (RuntimeError, SafetensorError) as error:
-        # neither writer raises an OSError where the disk is full
+        # on a full disk the two libraries raise these errors instead of an OSError
         raise UsageError(
             f"expected room for {sum(t.nbytes for t in state.values()) / 1e6:,.0f} MB at {path}, got a failed write "
             f"({' '.join(str(error).split())[:100]}): make room or choose another place"
@@ -49,5 +53,5 @@ def save_checkpoint(model: Model, path: str | Path) -> None:
 
 def _own_memory(tensor: Tensor) -> Tensor:
     tensor = tensor.detach().cpu().contiguous()
-    # a view of something larger would be written with all of it
+    # torch would write a view together with the whole tensor that it is a part of
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()

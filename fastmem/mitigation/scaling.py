@@ -1,4 +1,4 @@
-"""Scaling the fc1 rows of chosen units in place, and undoing it to the very bits."""
+"""Scale the fc1 rows of chosen units in place, and undo that exactly, bit for bit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ from fastmem.models.model import Model
 
 
 class Units(Protocol):
-    """Chosen units, as a selection or an edit plan has them: layer, unit int64 [n]."""
+    """Any object that names units, such as a selection or an edit plan.
+
+    Attributes:
+        layer: block of each unit, int64 [n].
+        unit: position of each unit in its block, int64 [n].
+    """
 
     @property
     def layer(self) -> Tensor: ...
@@ -25,11 +30,18 @@ class Units(Protocol):
 
 @dataclass(eq=False)
 class Edit:
-    """Units of a model whose fc1 rows are scaled, with what the rows held before; leaving its context undoes it.
+    """An edit in force: units of a model whose fc1 rows are scaled, with the values of the rows before.
 
-    layer, unit: int64 [n]; factor: float64 [n]; saved: for each layer with such units, their rows int64 [m] and what
-    these held, [m, width] in the weights' type; fingerprint: the hashes that were known of the weights before; live:
-    False once undone.
+    An edit is also a context manager, which undoes the edit at its end.
+
+    Attributes:
+        model: the edited model.
+        layer: block of each unit, int64 [n].
+        unit: position of each unit in its block, int64 [n].
+        factor: number that the unit's row was multiplied by, float64 [n].
+        saved: by layer, the positions of the scaled rows, int64 [m], and their values before, [m, width].
+        fingerprint: hashes of the weights that were computed before the edit.
+        live: whether the edit is in force; False after it was undone.
     """
 
     model: Model
@@ -51,11 +63,11 @@ class Edit:
 
     @torch.no_grad()
     def undo(self) -> None:
-        """Put back the very bits that the rows held before; once that is done, nothing more happens.
+        """Put back the values that the rows had before, bit for bit; a second call does nothing.
 
-        Edits of other units may be undone in any order; those that share a unit only latest first.
+        Edits that share a unit must be undone in the reverse order; other edits can be undone in any order.
 
-        Raises: UsageError where a later edit, not yet undone, scaled one of the units again; nothing is changed then.
+        Raises: UsageError where a later edit that is in force shares a unit; then nothing is changed.
         """
         if not self.live:
             return
@@ -65,8 +77,8 @@ class Edit:
         shared = sum(int(torch.isin(self._keys(), edit._keys()).sum()) for edit in later)
         if shared:
             raise UsageError(
-                f"expected to undo the latest edit of a unit first, got one of which {shared} units were scaled again "
-                "by edits that are not undone: undo those before it"
+                f"expected to undo the latest edit of a unit first, got an edit that shares {shared} units with later "
+                "edits in force: undo the later edits first"
             )
         for layer, (rows, values) in self.saved.items():
             weight = self.model.fc1_layers[layer].weight
@@ -74,7 +86,7 @@ class Edit:
         del edits[place]
         self.live = False
         self.model.exchange_fingerprint({} if later else self.fingerprint)
-        # what was known before them had this edit in it
+        # the hashes that later edits remember were computed with this edit in force, so they are no longer right
         for edit in later:
             edit.fingerprint = {}
         self.saved = {}
@@ -85,13 +97,12 @@ class Edit:
 
 @torch.no_grad()
 def scale_units(model: Model, selection: Units, factor: float | Tensor = 0.5) -> Edit:
-    """Multiply the fc1 rows of the selected units, in place; their biases and fc2 stay as they are.
+    """Multiply the fc1 weight rows of the selected units by a factor, in place, and return the edit.
 
-    selection: a Selection, an EditPlan, or anything else with ``layer`` and ``unit``, int64 [n]; factor: a number, or
-    one for each unit, float [n].
+    ``selection`` is a selection, an edit plan or any other object with ``layer`` and ``unit``, int64 [n]. ``factor`` is
+    one number for all units, or one for each unit, float [n]. Biases and all other weights stay as they are.
 
-    Raises: UsageError for a unit that the model lacks or that is named twice, or a factor that is not finite or of
-    another shape.
+    Raises: UsageError where a unit does not exist or is repeated, or ``factor`` has another shape or is not finite.
 
     Source: arXiv 2509.00488, section 5.
     """
@@ -114,14 +125,23 @@ def scale_units(model: Model, selection: Units, factor: float | Tensor = 0.5) ->
 
 
 def _scale_each(weight: Tensor, rows: Tensor, factors: Tensor) -> None:
-    # as the operator for a single factor does: the product in float32 (float64 for that), rounded once
+    # like the operator for a single factor: a product in float32, or in float64 for float64 weights, rounded once
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
     rows, factors = rows.to(weight.device), factors.to(weight.device, wide)
     weight[rows] = (weight[rows].to(wide) * factors[:, None]).to(weight.dtype)
 
 
 def check_units(layer: Tensor, unit: Tensor, layers: int, units: int) -> None:
-    """Raises: UsageError where layer and unit, int64 [n], are not [n] different units of ``layers`` x ``units``."""
+    """Check that units exist and are all different.
+
+    Args:
+        layer: block of each unit, int64 [n].
+        unit: position of each unit in its block, int64 [n].
+        layers: number of blocks of the model.
+        units: number of units in every block.
+
+    Raises: UsageError where the shapes differ, a unit does not exist, or a unit is repeated.
+    """
     if layer.ndim != 1 or layer.shape != unit.shape:
         raise UsageError(f"expected as many layers as units, got {list(layer.shape)} and {list(unit.shape)}")
     for name, values, count in (("layers", layer, layers), ("units", unit, units)):

@@ -1,1 +1,1 @@
-"""From statistics to a selection of units: scores, selections, their reliability, and the images behind them."""
+"""Rank and select units by their statistics, and find out how reliable a ranking is and which images own the units."""

@@ -1,4 +1,4 @@
-"""UnitMem on training against held-out images: the gap, its interval over folds, and which units stand out."""
+"""The gap of each unit: its UnitMem on training images minus that on held-out images, with interval and p-value."""
 
 from __future__ import annotations
 
@@ -12,19 +12,30 @@ from fastmem.errors import UsageError
 from fastmem.ranking.selection import matched_to
 from fastmem.stats import UnitStats
 
+# level of the confidence intervals
 LEVEL = 0.95
 
 
 @dataclass(frozen=True, eq=False)
 class Gap:
-    """UnitMem(train) - UnitMem(held-out) on matched sets; tensors float64 [layers,segments,units].
+    """UnitMem on training images minus UnitMem on held-out images, for two sets of equal size and classes.
 
-    images: of each set; value: between the whole sets; fold_value: between a training and a held-out fold, on average
-    over the folds (UnitMem grows with the number of images, so the two differ in scale); low, high: 95 % interval of
-    fold_value; p_value: one-sided, of no larger UnitMem in training folds than in held-out folds; q_value: the
-    false-discovery rate at which a unit would be called, over all units and segments (Benjamini-Hochberg).
+    UnitMem grows with the number of images, so ``value`` and ``fold_value`` differ in scale.
 
-    mean, mean_low, mean_high: fold_value averaged over units, with its 95 % interval, float64 [segments].
+    Attributes:
+        images: number of images in each set.
+        value: difference between the whole sets, float64 [layers,segments,units].
+        fold_value: mean UnitMem of the training folds minus that of the held-out folds, float64
+            [layers,segments,units].
+        low: lower end of the 95 % interval of ``fold_value``, float64 [layers,segments,units].
+        high: upper end of the 95 % interval of ``fold_value``, float64 [layers,segments,units].
+        p_value: one-sided p-value of the hypothesis that UnitMem is no larger in training folds than in held-out folds,
+            float64 [layers,segments,units].
+        q_value: smallest false-discovery rate (Benjamini-Hochberg, over all units and segments) at which the unit's gap
+            counts as significant, float64 [layers,segments,units].
+        mean: mean of ``fold_value`` over layers and units, float64 [segments].
+        mean_low: lower end of the 95 % interval of ``mean``, float64 [segments].
+        mean_high: upper end of the 95 % interval of ``mean``, float64 [segments].
     """
 
     images: int
@@ -40,11 +51,11 @@ class Gap:
 
 
 def gap(stats: UnitStats, heldout: UnitStats) -> Gap:
-    """Compare UnitMem on training images with UnitMem on held-out images, unit by unit.
+    """Return the gap of every unit between statistics of training images and statistics of held-out images.
 
-    The folds of each set are disjoint, so their UnitMems are independent samples; Student's two-sample t test with
-    pooled variance compares them (6 degrees of freedom for 4 folds each). Class-only segments are left out of the
-    false-discovery rate: their p and q are 1.
+    The folds of a set share no image, so their UnitMems are independent samples. Student's two-sample t test with
+    pooled variance compares them, with 6 degrees of freedom for 4 folds each. Segments whose responses depend on the
+    class alone are not tested: their p-values and q-values are 1.
 
     Raises: UsageError where the sets do not match in size and classes, or have fewer than two folds.
 
@@ -69,7 +80,7 @@ def gap(stats: UnitStats, heldout: UnitStats) -> Gap:
 
 
 def _compare(train: np.ndarray, heldout: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Difference of means over the first axis, its interval, and the one-sided p value of Student's t test."""
+    """Return the difference of means over the first axis, both ends of its interval, and the p-value of the t test."""
     from scipy.stats import t
 
     n, m = len(train), len(heldout)
@@ -80,6 +91,6 @@ def _compare(train: np.ndarray, heldout: np.ndarray) -> tuple[np.ndarray, np.nda
     half = t.ppf(0.5 + LEVEL / 2, freedom) * error
     with np.errstate(divide="ignore", invalid="ignore"):
         statistic = difference / error
-    # equal folds everywhere (a unit that never fires) are no evidence
+    # 0 / 0 where all folds are equal, for instance for a unit that never responds: that is no evidence of a gap
     statistic = np.where(np.isnan(statistic), 0.0, statistic)
     return difference, difference - half, difference + half, t.sf(statistic, freedom)

@@ -1,4 +1,7 @@
-"""Which images own the selected units: the image with the largest response, and what groups of images own."""
+"""Which images own the selected units, and which share of the units belongs to each group of images.
+
+The owner of a unit is the image to which the unit responded most strongly.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +16,19 @@ from fastmem.errors import UsageError
 from fastmem.ranking.selection import SCORES, Selection, highest, matched_to, ranked_segments
 from fastmem.stats import UnitStats
 
+# bootstrap samples, and random groups, from which intervals are computed
 RESAMPLES = 2000
 
 
 def owners(stats: UnitStats, selection: Selection, heldout: UnitStats | None = None) -> Tensor:
-    """Id of the training image that owns each selected unit, int64 [n]; -1 where a unit never responded.
+    """Return the id of the training image that owns each selected unit, int64 [n]; -1 where a unit never responded.
 
-    That is the image with the largest response in the segment in which the unit's score is highest; for a selection by
-    within-class UnitMem the image to which that score belongs, for one by gap the image of the matched training set.
+    The owner is the image with the largest response in the segment in which the unit's score is highest. For units
+    selected by within-class UnitMem, it is the image whose response gave that score. For units selected by gap, which
+    needs ``heldout``, only training images that are matched to held-out images are considered.
 
-    Raises: as ``select``.
+    Raises: UsageError where the selection needs held-out statistics that match the training images, or statistics of
+    every class, and there are none.
     """
     by = selection.by if selection.by in SCORES else "unitmem"
     source = matched_to(stats, heldout) if by == "gap" else stats
@@ -33,7 +39,7 @@ def owners(stats: UnitStats, selection: Selection, heldout: UnitStats | None = N
 
 
 def owned_units(image_ids: np.ndarray, owner_ids: Tensor) -> np.ndarray:
-    """How many of the selected units each image owns: int64 [N] for ids int64 [N]."""
+    """Return how many units each image owns, int64 [N], from the ids of all images and of the units' owners."""
     ids, counts = np.unique(owner_ids.numpy(), return_counts=True)
     known = dict(zip(ids.tolist(), counts.tolist(), strict=True))
     return np.array([known.get(i, 0) for i in image_ids.tolist()], dtype=np.int64)
@@ -41,10 +47,18 @@ def owned_units(image_ids: np.ndarray, owner_ids: Tensor) -> np.ndarray:
 
 @dataclass(frozen=True)
 class GroupShare:
-    """What a group of images owns of the selected units, as shares of all owned ones.
+    """The share of the selected units that the images of one group own.
 
-    images: of the group; owning: those that own at least one unit; share with its 95 % bootstrap interval over images;
-    chance: the group's share of the images, with the 95 % range of shares of random groups of that size.
+    Attributes:
+        group: name of the group.
+        images: number of images in the group.
+        owning: number of images in the group that own at least one unit.
+        share: units owned by the group, as a share of all owned units, in [0,1].
+        low: lower end of the 95 % interval of ``share``, by bootstrap over images.
+        high: upper end of the 95 % interval of ``share``.
+        chance: images in the group, as a share of all images, in [0,1].
+        chance_low: lower end of the range that holds 95 % of the shares of random groups of that size.
+        chance_high: upper end of that range.
     """
 
     group: str
@@ -59,12 +73,13 @@ class GroupShare:
 
 
 def group_shares(owned: np.ndarray, groups: Sequence[str], seed: int = 0) -> list[GroupShare]:
-    """Shares of each group of images in the units owned, in the order in which groups first appear.
+    """Return the share of each group of images in the owned units, in the order in which the groups first appear.
 
-    owned: units owned by each image, int [N]; groups: the group of each image. One image can own many units, so the
-    bootstrap resamples images, not units, and the chance range deals the groups anew to the images.
+    ``owned`` is the number of units that each image owns, int64 [N], and ``groups`` the name of each image's group. One
+    image can own many units, so the bootstrap draws images, not units. For the range by chance, the images are assigned
+    to the groups at random. ``seed`` makes the draws repeatable.
 
-    Raises: UsageError where lengths differ or no unit is owned.
+    Raises: UsageError where the lengths differ or no unit is owned.
     """
     if len(owned) != len(groups) or not owned.sum():
         raise UsageError(
@@ -101,12 +116,19 @@ def group_shares(owned: np.ndarray, groups: Sequence[str], seed: int = 0) -> lis
 def pooled_owned(
     stats: UnitStats, heldout: UnitStats, image_ids: np.ndarray, heldout_ids: np.ndarray, fraction: float = 0.05
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Units owned by each image, int64 [N] and [M], of the top units by UnitMem over both matched sets together.
+    """Return how many units the images of both sets own, when UnitMem is computed over both sets together.
 
-    image_ids, heldout_ids: of the images of ``stats`` and ``heldout``; those outside the matched part own nothing. By
-    chance held-out images own half of the units, since the sets are of equal size; a tie counts for both sides.
+    The units are those of highest UnitMem. Both sets have equal size, so by chance held-out images own half of the
+    units; a tie counts for both sides. The results are int64 [N] for training images and int64 [M] for held-out ones.
 
-    Raises: as ``select``; UsageError where the sets do not match.
+    Args:
+        stats: statistics of the training images; only the part that is matched to the held-out images is used.
+        heldout: statistics of the held-out images.
+        image_ids: int64 [N], ids of the training images; those outside the matched part own nothing.
+        heldout_ids: int64 [M], ids of the held-out images.
+        fraction: share of all units that are taken, in (0,1].
+
+    Raises: UsageError where the sets do not match in size and classes.
     """
     train = matched_to(stats, heldout)
     segments = ranked_segments(train)

@@ -1,4 +1,4 @@
-"""How far a ranking of units repeats itself on other images: split halves made of the folds."""
+"""Measure how well a ranking of units agrees between two disjoint halves of the images."""
 
 from __future__ import annotations
 
@@ -17,10 +17,15 @@ from fastmem.stats import UnitStats
 
 @dataclass(frozen=True)
 class Reliability:
-    """Agreement of rankings made on disjoint halves of the images, averaged over the ways to pair the folds.
+    """How well rankings on two disjoint halves of the images agree, averaged over the ways to split the folds in half.
 
-    spearman: rank correlation of the scores of all units, NaN where all are equal; overlap: share of the selected units
-    that both halves select; chance: the overlap that two independent selections would have; halves: number of pairs.
+    Attributes:
+        by: the score that units are ranked by.
+        fraction: share of all units that are selected, in (0,1].
+        spearman: rank correlation of the scores of all units; NaN where all scores are equal.
+        overlap: share of the units selected on one half that are also selected on the other, in [0,1].
+        chance: the overlap expected of two independent selections.
+        halves: number of ways to split the folds in half.
     """
 
     by: str
@@ -45,12 +50,21 @@ def reliability(
     merge: str = "max",
     heldout: UnitStats | None = None,
 ) -> Reliability | None:
-    """Split-half reliability of a selection; None where nothing is ranked or there are no folds or class rows for it.
+    """Return the agreement of a ranking of units between two halves of the images, or None where it cannot be measured.
 
-    Random and matched units are drawn, not ranked. The halves are pairs of the four folds, class by class alike; a half
-    has half of the images, so this bounds from below how far the whole ranking would repeat itself.
+    It cannot be measured for random and matched units, for your own scores, for fewer than four folds with images, or
+    where the score needs statistics of every class that were not kept. Each half consists of two of the four folds. A
+    half has only half of the images, so rankings on all images would agree better.
 
-    Raises: as ``select``.
+    Args:
+        stats: statistics of the training images.
+        fraction: share of all units to select, in (0,1].
+        by: the score to rank by, as in `select`.
+        scope: "global", or "per-layer" for equally many units in every layer.
+        merge: how a unit's scores in all segments become one, "max", "mean" or "sum".
+        heldout: statistics of held-out images, which a ranking by gap needs.
+
+    Raises: UsageError for an unknown merge, or where a ranking by gap has no held-out statistics that match.
     """
     from scipy.stats import spearmanr
 
@@ -65,7 +79,7 @@ def reliability(
         try:
             scores = [merge_segments(stats, _score(by, stats, heldout, half), merge) for half in (first, second)]
         except UsageError:
-            # class rows were not kept, and a class on both sides cannot be put together without
+            # the score needs statistics of every class, which were not kept
             return None
         varies = all(len(s.unique()) > 1 for s in scores)
         correlations.append(float(spearmanr(*(s.flatten().numpy() for s in scores)).statistic) if varies else math.nan)
@@ -78,12 +92,12 @@ def reliability(
 
 def _score(by: str, stats: UnitStats, heldout: UnitStats | None, folds: tuple[int, ...]) -> Tensor:
     half = _join(stats, folds)
-    # the whole sets were matched above
+    # the caller has matched the whole sets already, so their halves need no check
     return half.unitmem() - _join(heldout, folds).unitmem() if by == "gap" else SCORES[by](half, None)
 
 
 def _halves(folds: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """The ways to pair folds into two halves, each pair once."""
+    """Return all ways to split the folds into two halves, each of them once."""
     return [
         (half, tuple(i for i in range(folds) if i not in half))
         for half in combinations(range(folds), folds // 2)

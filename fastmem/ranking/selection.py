@@ -1,4 +1,4 @@
-"""Which units to act on: ranked by a score, or drawn as a control."""
+"""Select units by a score, or draw units as a control."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from fastmem.errors import UsageError
 from fastmem.stats import UnitStats
 
-# the share of units that reports speak of, and the rankings that they compare
+# reports select this share of the units, by each of these scores
 FRACTION = 0.05
 RANKINGS = ("unitmem", "within-class", "gap")
 SCOPES = ("global", "per-layer")
@@ -20,17 +20,25 @@ MERGES: dict[str, Callable[[Tensor], Tensor]] = {
     "mean": lambda scores: scores.mean(1),
     "sum": lambda scores: scores.sum(1),
 }
-# how far the mean response of a matched unit may be from its counterpart's
+# largest relative difference between the mean responses of a unit and the unit matched to it
 TOLERANCE = 0.05
 
 
 @dataclass(frozen=True, eq=False)
 class Selection:
-    """Chosen units, best first.
+    """Selected units, best first, and how they were selected.
 
-    layer, unit: int64 [n]; score: float64 [n], what they were chosen by (UnitMem for random and matched units); by,
-    fraction, scope, merge, seed: how they were chosen; unmatched: units for which no unit of the same layer had a mean
-    response within 5 %, so that the nearest one was taken.
+    Attributes:
+        layer: int64 [n], layer of each unit, from 0.
+        unit: int64 [n], position of each unit in its layer, from 0.
+        score: float64 [n], the score that each unit was selected by; UnitMem for random and matched units.
+        by: name of the score, or "random", "lowest", "matched" or "scores".
+        fraction: share of all units that were to be selected, in (0,1].
+        scope: "global", or "per-layer" for equally many units in every layer.
+        merge: how a unit's scores in all segments became one, "max", "mean" or "sum".
+        seed: seed of random and matched units.
+        unmatched: number of units in a matched selection for which no unit of the layer had a mean response within 5 %,
+            so that the nearest one was taken.
     """
 
     layer: Tensor
@@ -47,21 +55,23 @@ class Selection:
         return len(self.layer)
 
     def mask(self, layers: int, units: int) -> Tensor:
-        """The chosen units as bool [layers, units]."""
+        """Return a mask, bool [layers, units], that is True for the selected units."""
         mask = torch.zeros(layers, units, dtype=torch.bool)
         mask[self.layer, self.unit] = True
         return mask
 
 
 def ranked_segments(stats: UnitStats) -> list[int]:
-    """Positions of the segments that enter a ranking: all but the class-only ones."""
+    """Return the positions of the segments that are ranked: all except those that depend on the class alone."""
     return [i for i, name in enumerate(stats.segments) if name not in stats.class_only]
 
 
 def merge_segments(stats: UnitStats, scores: Tensor, merge: str = "max") -> Tensor:
-    """Scores float64 [layers,segments,units] to [layers,units], without the class-only segments.
+    """Merge the scores of each unit, float64 [layers,segments,units], over segments to float64 [layers,units].
 
-    Raises: UsageError for an unknown merge, or statistics of class-only segments alone.
+    Segments that depend on the class alone are left out. ``merge`` is "max", "mean" or "sum".
+
+    Raises: UsageError where ``merge`` is another word, or where every segment depends on the class alone.
     """
     if merge not in MERGES:
         raise UsageError(f"expected merge as one of {', '.join(MERGES)}, got {merge!r}")
@@ -74,17 +84,22 @@ def merge_segments(stats: UnitStats, scores: Tensor, merge: str = "max") -> Tens
 
 
 def gap_scores(stats: UnitStats, heldout: UnitStats | None) -> Tensor:
-    """UnitMem(train) - UnitMem(held-out), float64 [layers,segments,units] in [-1,1], on matched sets.
+    """Return UnitMem on training images minus UnitMem on held-out images, float64 [layers,segments,units] in [-1,1].
 
-    Raises: UsageError without held-out statistics, or where there is no training set of their size and classes.
+    Of the training images only a set of the same size and classes as the held-out images is used.
+
+    Raises: UsageError where there are no held-out statistics, or no such set.
     """
     return matched_to(stats, heldout).unitmem() - heldout.unitmem()
 
 
 def matched_to(stats: UnitStats, heldout: UnitStats | None) -> UnitStats:
-    """``stats``, or that part of it, which has the held-out set's size and classes, to within 2 % or an image.
+    """Return the training statistics, of all images or of a part, that match a held-out set in size and classes.
 
-    Raises: UsageError where there is none: UnitMem grows with the number of images, so other sets do not compare.
+    UnitMem grows with the number of images, so only sets of equal size can be compared. Up to 2 % of the images, or one
+    image, may differ.
+
+    Raises: UsageError where there are no held-out statistics, or no training statistics that match them.
     """
     if heldout is None:
         raise UsageError("expected held-out statistics with by='gap', got none: score with --heldout, pass heldout=")
@@ -103,7 +118,10 @@ def matched_to(stats: UnitStats, heldout: UnitStats | None) -> UnitStats:
 
 
 def find_matched(stats: UnitStats, heldout: UnitStats) -> UnitStats | None:
-    """As ``matched_to``, None where neither all training images nor the part kept apart has that size and classes."""
+    """Return the training statistics, of all images or of a part, that match a held-out set in size and classes.
+
+    Return None where neither all training images nor ``stats.matched`` match it to within 2 % or one image.
+    """
     allowed = max(1, 0.02 * heldout.count)
     return next((s for s in (stats, stats.matched) if s is not None and _differ(s, heldout) <= allowed), None)
 
@@ -113,7 +131,7 @@ def _differ(stats: UnitStats, heldout: UnitStats) -> int:
     return sum(abs(stats.class_counts.get(c, 0) - heldout.class_counts.get(c, 0)) for c in labels)
 
 
-# by -> score of every unit and segment; lowest is UnitMem from the other end
+# functions that score every unit and segment, by name; "lowest" selects the lowest UnitMem instead of the highest
 SCORES: dict[str, Callable[[UnitStats, UnitStats | None], Tensor]] = {
     "unitmem": lambda stats, heldout: stats.unitmem(),
     "gap": gap_scores,
@@ -138,17 +156,25 @@ def select(
     matched_with: Selection | None = None,
     scores: Tensor | None = None,
 ) -> Selection:
-    """Choose n = max(1, round(fraction * layers * units)) units.
+    """Select n = max(1, round(fraction * layers * units)) units by a score, or draw them as a control.
 
-    by: a score to rank by, highest first with ties by (layer, unit): unitmem, gap (needs ``heldout``), within-class,
-    class-selectivity, mean, variance; or a control: lowest (UnitMem, lowest first), random, or matched (for every unit
-    of ``matched_with``, by default the selection by UnitMem, another one of the same layer whose mean response is
-    within 5 %); or scores (yours, float [layers, units] in ``scores``); scope: "global", or "per-layer" for the same
-    number of units in every layer to within one; merge: how a unit's segments become one score, "max", "mean" or "sum";
-    seed: of random and matched.
+    Units of highest score come first, and of equal scores the one of the lower layer, then of the lower position.
 
-    Raises: UsageError for an unknown word, a fraction outside (0, 1], missing or unmatched held-out statistics, scores
-    of another shape, or a matched selection for which there are too few other units.
+    Args:
+        stats: statistics of the training images.
+        fraction: share of all units to select, in (0,1].
+        by: a score: "unitmem", "gap" (needs ``heldout``), "within-class", "class-selectivity", "mean", "variance", or
+            "scores" for those in ``scores``; or a control: "lowest" (lowest UnitMem), "random", or "matched" (for every
+            unit of ``matched_with`` another unit of the same layer whose mean response is within 5 %).
+        scope: "global", or "per-layer" for the same number of units in every layer, to within one.
+        merge: how a unit's scores in all segments become one, "max", "mean" or "sum".
+        seed: seed of random and matched units.
+        heldout: statistics of held-out images.
+        matched_with: the selection to match; None for the selection by UnitMem.
+        scores: float [layers, units], your own scores.
+
+    Raises: UsageError for an unknown word, a fraction outside (0,1], held-out statistics that are missing or do not
+    match, scores of another shape, or a matched selection where a layer has too few other units.
     """
     if by not in SELECTIONS:
         raise UsageError(f"expected a selection by one of {', '.join(SELECTIONS)}, got {by!r}")
@@ -187,13 +213,17 @@ def _own_scores(stats: UnitStats, scores: Tensor) -> Tensor:
 
 
 def highest(scores: Tensor, fraction: float, scope: str) -> tuple[Tensor, Tensor]:
-    """Layers and units of the highest scores [layers, units], best first; ties by (layer, unit)."""
+    """Return the layers and the positions, int64 [n] each, of the units with the highest scores [layers, units].
+
+    The best unit comes first; of equal scores, the one of the lower layer and position. ``fraction`` is the share of
+    units to return, and ``scope`` is "global", or "per-layer" for equally many units in every layer.
+    """
     layers, units = scores.shape
     total = max(1, round(fraction * layers * units))
     if scope == "global":
         chosen = scores.flatten().argsort(descending=True, stable=True)[:total]
     else:
-        # the same number in every layer to within one; the first layers take what is left over
+        # the same number of units in every layer; the first layers take one more where it does not divide evenly
         best = scores.argsort(dim=1, descending=True, stable=True)
         quota = [total // layers + (i < total % layers) for i in range(layers)]
         kept = torch.cat([i * units + best[i, :n] for i, n in enumerate(quota)]).sort().values
@@ -202,10 +232,7 @@ def highest(scores: Tensor, fraction: float, scope: str) -> tuple[Tensor, Tensor
 
 
 def _matched(stats: UnitStats, target: Selection, merge: str, seed: int) -> Selection:
-    """For every unit of ``target`` another one of the same layer with a mean response within 5 %, drawn at random.
-
-    Units with the fewest partners choose first. Where none is left, the unit nearest in mean response is taken.
-    """
+    """Draw for every unit of ``target`` another one of the same layer whose mean response is within 5 %."""
     means = merge_segments(stats, stats.mean, merge)
     unitmem = merge_segments(stats, stats.unitmem(), merge)
     layers, units = means.shape
@@ -225,6 +252,7 @@ def _matched(stats: UnitStats, target: Selection, merge: str, seed: int) -> Sele
     distance = (means[target.layer] - own[:, None]).abs() / own[:, None].clamp_min(torch.finfo(torch.float64).tiny)
     distance[taken[target.layer]] = torch.inf
     free_partners = (distance <= TOLERANCE).sum(1)
+    # units with the fewest possible partners choose first; where none is left, the nearest unit is taken
     for i in free_partners.argsort(stable=True).tolist():
         layer = target.layer[i]
         apart = torch.where(taken[layer], torch.inf, distance[i])

@@ -1,1 +1,1 @@
-"""The run folder and what a run needs to stop and to go on."""
+"""The folder of a run, and how a run stops on Ctrl-C so that it can be resumed."""

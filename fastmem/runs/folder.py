@@ -1,14 +1,18 @@
-"""The run folder: what was asked, how far it got, and what came out.
+"""The folder of a run: its inputs, its saved progress and its results.
 
-run.json            model, weights, data and settings: what a resumed run must have in common
-inputs.json         where weights and images came from, so that later stages find them again
-manifest-*.parquet  the images of each set, in order, with their folds
-state.safetensors   the statistics so far, replaced by rename; gone when the run is complete
-result.json         the document that ``--json`` prints
-edits/              which units each edit scales, a file for every edit
-samples/            images that the model, edited or not, was sampled for, in shards, with their features
-references/         features of the real images that samples were compared with
-evaluations/        metrics of samples and losses of real images, a document and a picture for every evaluation
+run.json                model, weights, data and settings, which must be the same when the run is resumed
+inputs.json             where weights and images came from, so that later stages find them again
+manifest-SET.parquet    the images of a set ("train" or "heldout"), in order, with their folds
+state.safetensors       the statistics so far; removed when the run is complete
+SET.safetensors         the statistics of a set
+losses-SET.safetensors  the loss and hits of every image of a set, where they were asked for
+skipped-SET.json        the images of a set that could not be read, with the reasons
+result.json             the document that ``--json`` prints
+edits/                  the units that each edit scales, one file per edit
+samples/                images that the model generated, with and without edits, and their features
+references/             features of the real images that generated images are compared with
+evaluations/            metrics of generated images and losses of real ones, a document and a picture per evaluation
+extractions/            what was found by each attempt to extract training images
 """
 
 from __future__ import annotations
@@ -29,7 +33,7 @@ INPUTS_SCHEMA = "fastmem.inputs/1"
 
 
 def default_folder(model: str) -> Path:
-    """runs/MODEL-DATE below the current folder, numbered where it exists."""
+    """Return a path that does not exist yet, ``runs/MODEL-DATE``, with a number at the end where that is taken."""
     stem = Path("runs") / f"{model}-{datetime.now():%Y-%m-%d}"
     candidates = (stem, *(stem.with_name(f"{stem.name}-{i}") for i in range(2, 10_000)))
     return next(path for path in candidates if not path.exists())
@@ -40,15 +44,17 @@ class RunInputs:
     """Where a run's weights and images came from, so that later stages find them again.
 
     Attributes:
-        model: its name in the registry.
+        model: name of the model in the registry.
         checkpoint: absolute path of the generator's weights; None for the official file, or the one in the package.
-        tokenizer: absolute path of the tokenizer's weights; None likewise.
-        data: absolute path of the training images, "embedded" or "memory"; None for the embedded ones.
-        heldout: the same for the held-out images; None for the embedded ones, or where there are none.
-        classes: file with the class order; None where the run's manifest tells it.
-        data_split: folder of the split below ``data``; None for the usual one.
-        heldout_split: folder of the split below ``heldout``; None for the usual one.
-        token_cache: where tokens of images are kept, as in ``fastmem.score``.
+        tokenizer: absolute path of the tokenizer's weights; None for the official file, or the one in the package.
+        data: absolute path of the training images, or "memory" for images that were in memory only; "embedded" or None
+            for those that come with the package.
+        heldout: absolute path of the held-out images, "memory" or "embedded"; None for those that come with the
+            package, or where there are none.
+        classes: text file with the class order; None where the order is taken from the run's manifest.
+        data_split: folder below ``data`` with the class folders; None for ``train`` where there is one.
+        heldout_split: folder below ``heldout`` with the class folders; None for ``train`` where there is one.
+        token_cache: folder of the token cache, "auto" for the one in ``FASTMEM_HOME``, or "off" or None for no cache.
     """
 
     model: str
@@ -62,12 +68,12 @@ class RunInputs:
     token_cache: str | None = "auto"
 
     def save(self, folder: RunFolder) -> None:
-        """Write inputs.json. Raises: UsageError where the folder cannot be written."""
+        """Write these inputs to inputs.json in a run folder. Raises: UsageError where the folder cannot be written."""
         write_json(folder.inputs_file, {"schema": INPUTS_SCHEMA, **asdict(self)})
 
     @classmethod
     def load(cls, folder: RunFolder) -> RunInputs:
-        """Read inputs.json. Raises: InputFileError where it is missing or damaged."""
+        """Read the inputs from inputs.json in a run folder. Raises: InputFileError where it is missing or damaged."""
         document = read_json(folder.inputs_file, INPUTS_SCHEMA)
         known = {field.name: document[field.name] for field in fields(cls) if field.name in document}
         if not isinstance(known.get("model"), str):
@@ -77,7 +83,7 @@ class RunInputs:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """One run's folder and the names of the files in it."""
+    """The folder of a run, and the paths of the files and folders in it."""
 
     path: Path
 
@@ -110,25 +116,32 @@ class RunFolder:
         return self.path / "references"
 
     def evaluation_file(self, name: str) -> Path:
+        """Return the path of the document of the evaluation called ``name``."""
         return self.path / "evaluations" / f"{name}.json"
 
     def manifest_file(self, split: str) -> Path:
+        """Return the path of the manifest of a set, "train" or "heldout"."""
         return self.path / f"manifest-{split}.parquet"
 
     def stats_file(self, split: str) -> Path:
+        """Return the path of the statistics of a set, "train" or "heldout"."""
         return self.path / f"{split}.safetensors"
 
     def losses_file(self, split: str) -> Path:
+        """Return the path of the losses of every image of a set, "train" or "heldout"."""
         return self.path / f"losses-{split}.safetensors"
 
     def extraction_folder(self, name: str) -> Path:
+        """Return the path of the folder of the extraction called ``name``."""
         return self.path / "extractions" / name
 
     def check(self, identity: Mapping[str, Any], resume: bool) -> bool:
-        """Whether the folder holds a run to go on with.
+        """Return True where the folder holds a run that can be resumed, and False where it holds no run.
 
-        Raises: UsageError where it holds one and ``resume`` is off, or one whose inputs differ from ``identity``;
-        InputFileError where run.json is damaged.
+        ``identity`` are the inputs that run.json has to agree with, and ``resume`` says whether a run may be there.
+
+        Raises: UsageError where there is a run and ``resume`` is False, or where the run's inputs differ from
+        ``identity``; InputFileError where run.json is damaged.
         """
         if not self.identity_file.exists():
             return False
@@ -147,12 +160,18 @@ class RunFolder:
         return True
 
     def start(self, identity: Mapping[str, Any]) -> None:
-        """Make the folder and write down its inputs. Raises: UsageError where it cannot be written."""
+        """Create the folder and write ``identity``, the run's inputs, to run.json.
+
+        Raises: UsageError where the folder cannot be written.
+        """
         write_json(self.identity_file, {"schema": RUN_SCHEMA, **identity})
 
 
 def check_writable(path: Path) -> None:
-    """Raises: UsageError where a run folder could not be made at ``path``, before any long work starts."""
+    """Check that a run folder can be created at ``path``, so that long work does not fail at its end.
+
+    Raises: UsageError where the folder cannot be created or written.
+    """
     place = path
     while not place.exists() and place != place.parent:
         place = place.parent

@@ -1,4 +1,4 @@
-"""Ctrl-C during long work: the work stops where what it has done is whole."""
+"""Let long work finish its current step on Ctrl-C, and stop where its results so far are complete."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from types import FrameType
 
 
 class Interruption:
-    """While entered, Ctrl-C only sets ``requested``, so that work can stop where its state is whole.
+    """A context manager in which the first Ctrl-C only sets ``requested``, so that work can stop at a point it chooses.
 
-    A second Ctrl-C stops at once. Outside the main thread Ctrl-C is left as it is.
+    A second Ctrl-C raises KeyboardInterrupt at once. Outside the main thread Ctrl-C works as usual.
     """
 
     def __init__(self) -> None:

@@ -1,1 +1,1 @@
-"""Scoring: one pass over the images that leaves statistics of every unit, and what each image's loss tells."""
+"""Scoring: one pass over the images that computes statistics of every unit, and the loss of every image if wanted."""

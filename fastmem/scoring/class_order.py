@@ -1,4 +1,7 @@
-"""Does the folder's class order fit the checkpoint? A wrong one would shift every class-conditional number."""
+"""Check that the class order of the images is that of the checkpoint.
+
+In another order images would have wrong labels, and every number that depends on the class would be wrong.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,13 @@ from fastmem.tokens.cache import TokenCache
 from fastmem.tokens.true_images import read_true_images, spread
 
 IMAGES = 64
+# from FEW_IMAGES images on, the loss has to be lower by this many standard errors
 STANDARD_ERRORS = 2.0
 FEW_IMAGES = 8
 
 
 def check_labels(model: Model, manifest: Manifest) -> None:
-    """Raises: UsageError where the data has labels that the checkpoint does not know."""
+    """Check that the checkpoint knows every label of the images. Raises: UsageError where it does not."""
     highest = int(manifest.labels.max(initial=0))
     if highest >= model.num_classes:
         raise UsageError(
@@ -27,13 +31,22 @@ def check_labels(model: Model, manifest: Manifest) -> None:
 def check_class_order(
     model: Model, source: ImageSource, manifest: Manifest, cache: TokenCache | None = None
 ) -> tuple[float, float] | None:
-    """Mean loss of up to 64 images under their own and under shuffled labels; None where all are of one class.
+    """Check that up to 64 images have a lower loss with their own labels than with those of other images.
 
-    The images are spread evenly over the manifest; each gets the label of the one half a round further on. Under a
-    wrong order both sets of labels are wrong and either may come out ahead by chance, so from 8 images on the own
-    labels have to be better by two standard errors of the images' differences.
+    The images are spread evenly over the manifest, and each is also tried with the label of the image half of them
+    further on. In a wrong class order all labels are wrong, and either loss may be lower by chance, so from 8 images on
+    the difference has to be larger than two standard errors.
 
-    Raises: UsageError where the own labels are no better, which means that the class order is another one.
+    Args:
+        model: the model.
+        source: the images that the manifest was built from.
+        manifest: the order of the images.
+        cache: where tokens of images are looked up; None for no cache.
+
+    Returns:
+        The mean losses with own and with exchanged labels, in nats per token; None where all images are of one class.
+
+    Raises: UsageError where the loss with own labels is not clearly lower.
     """
     images = read_true_images(model, source, manifest, spread(len(manifest), IMAGES), cache=cache, workers=0)
     own = images.labels

@@ -1,4 +1,4 @@
-"""What is kept of every single image when asked: three numbers from the teacher-forced pass over its centre view."""
+"""The loss and the hits of every single image, from one forward pass over the true tokens of its centre view."""
 
 from __future__ import annotations
 
@@ -18,10 +18,13 @@ SCHEMA = "fastmem.image-losses/1"
 
 @dataclass(frozen=True, eq=False)
 class ImageLosses:
-    """Loss and hits of every image of a set, in manifest order, float32 [N]; NaN for images that could not be read.
+    """Loss and hits of every image of a set, in manifest order; NaN for images that could not be read.
 
-    loss: mean loss of the true tokens under the image's class, nats per token; unconditional: the same without a class,
-    None where it was not asked for; hits: share of hits over the candidate positions, the candidate score.
+    Attributes:
+        loss: float32 [N], mean loss of the true tokens given the image's class, in nats per token.
+        hits: float32 [N] in [0,1], share of the candidate positions at which the model ranks the true token first. This
+            is the score by which candidates for extraction are chosen.
+        unconditional: float32 [N], the mean loss without a class, in nats per token; None where it was not asked for.
     """
 
     loss: np.ndarray
@@ -30,36 +33,41 @@ class ImageLosses:
 
     @classmethod
     def zero(cls, count: int, unconditional: bool) -> ImageLosses:
+        """Return NaN for all of ``count`` images; ``unconditional`` says whether to keep the loss without a class."""
+
         def empty() -> np.ndarray:
             return np.full(count, np.nan, dtype=np.float32)
 
         return cls(empty(), empty(), empty() if unconditional else None)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The arrays by name, for a file."""
+        """Return the arrays as tensors, by name, to be written to a file."""
         named = {"loss": self.loss, "hits": self.hits, "unconditional": self.unconditional}
         return {name: torch.from_numpy(values) for name, values in named.items() if values is not None}
 
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> ImageLosses:
-        """What ``tensors`` gave."""
+        """Make the losses from tensors by name, as the method ``tensors`` returns them."""
         loss, hits, unconditional = (tensors.get(name) for name in ("loss", "hits", "unconditional"))
         return cls(loss.numpy(), hits.numpy(), None if unconditional is None else unconditional.numpy())
 
     @property
     def guided(self) -> np.ndarray | None:
-        """Unconditional minus conditional loss, float32 [N]: what the class label tells the model about the image."""
+        """Loss without a class minus loss with the class, float32 [N]: how much the class helps to predict."""
         return None if self.unconditional is None else self.unconditional - self.loss
 
     def save(self, path: Path, manifest_hash: str) -> None:
-        """Write a safetensors file. Raises: UsageError where the place cannot be written."""
+        """Write the losses to a safetensors file, with the hash of the manifest that orders the images.
+
+        Raises: UsageError where the folder cannot be written.
+        """
         write_tensors(path, self.tensors(), SCHEMA, {"manifest": manifest_hash})
 
     @classmethod
     def load(cls, path: Path, manifest_hash: str) -> ImageLosses:
-        """Read what ``save`` wrote.
+        """Read the losses of the images of a manifest, given by its hash, from a safetensors file.
 
-        Raises: InputFileError for a missing, damaged or foreign file, or one of other images.
+        Raises: InputFileError where the file is missing or damaged, has another format or holds losses of other images.
         """
         tensors, header = read_tensors(path, SCHEMA)
         if header["manifest"] != manifest_hash:

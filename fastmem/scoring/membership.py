@@ -1,4 +1,4 @@
-"""Membership inference: does a lower loss tell training images from held-out ones?"""
+"""Membership inference: measure how well a score, such as the loss, separates training images from held-out ones."""
 
 from __future__ import annotations
 
@@ -9,16 +9,25 @@ import numpy as np
 
 from fastmem.errors import UsageError
 
+# bootstrap samples from which the intervals are computed
 RESAMPLES = 1000
+# share of the non-members that may be taken for members
 FALSE_POSITIVES = 0.01
 
 
 @dataclass(frozen=True)
 class Membership:
-    """How well a score tells members from non-members, with 95 % bootstrap intervals over images.
+    """How well a score separates members (training images) from non-members, with 95 % bootstrap intervals over images.
 
-    auc: chance that a member scores higher than a non-member, ties counted half; tpr: share of the members that score
-    above all but 1 % of the non-members (true positives at 1 % false positives).
+    Attributes:
+        members: number of members.
+        nonmembers: number of non-members.
+        auc: probability that a member has a higher score than a non-member, with ties counted half, in [0,1].
+        auc_low: lower end of the 95 % interval of ``auc``.
+        auc_high: upper end of the 95 % interval of ``auc``.
+        tpr: share of the members found when 1 % of the non-members are taken for members, in [0,1].
+        tpr_low: lower end of the 95 % interval of ``tpr``.
+        tpr_high: upper end of the 95 % interval of ``tpr``.
     """
 
     members: int
@@ -31,7 +40,7 @@ class Membership:
     tpr_high: float
 
     def document(self) -> dict[str, Any]:
-        """The numbers for a JSON document."""
+        """Return the numbers, rounded to six decimals, for a JSON document."""
         return {key: round(v, 6) if isinstance(v, float) else v for key, v in asdict(self).items()}
 
     def __str__(self) -> str:
@@ -42,18 +51,25 @@ class Membership:
 
 
 def membership(members: np.ndarray, nonmembers: np.ndarray, seed: int = 0, resamples: int = RESAMPLES) -> Membership:
-    """Tell members from non-members by a score, float [N] and [M], that is higher for members (minus the loss).
+    """Measure how well a score separates members from non-members.
 
-    NaN stands for an image that could not be read and is left out. At 1 % false positives at most floor(0.01 M)
-    non-members may score above the threshold, so a small set of them makes a coarse one.
+    At 1 % false positives at most floor(0.01 M) of M non-members may have a score above the threshold, so the result is
+    coarse for few non-members.
 
-    Raises: UsageError where a side is empty.
+    Args:
+        members: float [N], scores that are higher the more likely an image is a member, such as minus its loss. NaN
+            stands for an image that could not be read, and is left out.
+        nonmembers: float [M], the scores of the non-members.
+        seed: seed of the bootstrap.
+        resamples: number of bootstrap samples.
+
+    Raises: UsageError where there are no members or no non-members.
     """
     sides = [np.asarray(side, dtype=np.float64) for side in (members, nonmembers)]
     sides = [side[~np.isnan(side)] for side in sides]
     if not all(map(len, sides)):
         raise UsageError(f"expected members and non-members, got {len(sides[0])} and {len(sides[1])} scores")
-    # every resample is a set of counts over the same distinct values, so nothing is sorted twice
+    # a bootstrap sample is a count for each distinct score, so the scores are sorted only once
     values = np.unique(np.concatenate(sides))
     where = [np.searchsorted(values, side) for side in sides]
     whole = [np.bincount(at, minlength=len(values)) for at in where]
@@ -71,11 +87,11 @@ def membership(members: np.ndarray, nonmembers: np.ndarray, seed: int = 0, resam
 
 
 def _rates(members: np.ndarray, nonmembers: np.ndarray) -> tuple[float, float]:
-    """AUC and true-positive rate from how often each value, in ascending order, occurs on both sides."""
+    """Return AUC and true-positive rate from how often each distinct score, ascending, occurs on either side."""
     n, m = members.sum(), nonmembers.sum()
     below = np.cumsum(nonmembers) - nonmembers
     auc = (members * (below + 0.5 * nonmembers)).sum() / (n * m)
-    # a threshold at value i lets through what lies above it
+    # at a threshold of score i, the images with higher scores are taken for members
     above = m - np.cumsum(nonmembers)
     threshold = int(np.argmax(above <= np.floor(FALSE_POSITIVES * m)))
     return float(auc), float(members[threshold + 1 :].sum() / n)

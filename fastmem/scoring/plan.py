@@ -1,4 +1,4 @@
-"""What a scoring pass will take, told before it starts: images, bytes on disk, tokens in the cache, seconds."""
+"""Estimate the size of a scoring pass before it starts: images, bytes on disk, cached tokens and seconds."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ from fastmem.scoring.settings import ScoreSettings
 from fastmem.stats.accumulators import LARGEST, Shape
 from fastmem.tokens.cache import TokenCache
 
-# class rows above this size are summed up instead of kept
+# statistics of every class are kept up to this size; above it only their summary is
 MAX_ROW_BYTES = 2 * 2**30
-# of one unit and fold: mean and M2 in float64, the largest with its id; moments, views and largest responses with ids
+# bytes of one unit and fold in the statistics of a class (mean and M2 in float64, largest response with its image id),
+# and in those of all images (moments in float64, the spread over views, the largest responses with their image ids)
 ROW_BYTES = 28
 FOLD_BYTES = 24 + 12 * LARGEST
 
 
 @dataclass(frozen=True)
 class TokenPlan:
-    """What a pass will keep in the token cache.
+    """The expected use of the token cache in a pass.
 
     Attributes:
-        folder: of the cache; None without one.
-        total_bytes: of the tokens of all images.
-        stored: share of the images whose tokens are there already, in [0,1].
+        folder: folder of the cache; None without a cache.
+        total_bytes: size of the tokens of all images, in bytes.
+        stored: share of the images whose tokens are in the cache already, in [0,1].
     """
 
     folder: Path | None = None
@@ -45,15 +46,16 @@ class TokenPlan:
 
 @dataclass(frozen=True)
 class ScorePlan:
-    """What a pass will take.
+    """The expected size and duration of a scoring pass.
 
     Attributes:
-        images: training images.
-        heldout_images: held-out images.
-        views: of each image.
-        disk_bytes: of the run folder when it is complete.
-        seconds: at the measured speed; None where it was not measured.
-        tokens: what goes into the token cache.
+        images: number of training images.
+        heldout_images: number of held-out images.
+        views: number of views of each image.
+        disk_bytes: size of the complete run folder, in bytes.
+        seconds: duration at the measured speed; None where no speed was measured.
+        tokens: the use of the token cache.
+        things: plural noun for what is counted.
     """
 
     images: int
@@ -66,7 +68,7 @@ class ScorePlan:
 
     @property
     def total(self) -> int:
-        """Images of both sets."""
+        """Number of images of both sets."""
         return self.images + self.heldout_images
 
     def __str__(self) -> str:
@@ -79,19 +81,25 @@ class ScorePlan:
 
 
 def row_bytes(shape: Shape, manifest: Manifest) -> int:
-    """Bytes on disk of the statistics of every class of a set, for units [layers,segments,units]."""
+    """Return the size on disk, in bytes, of the statistics of every class; ``shape`` is [layers,segments,units]."""
     return int(np.prod(shape)) * FOLDS * ROW_BYTES * len(np.unique(manifest.labels))
 
 
 def keeps_rows(settings: ScoreSettings, shape: Shape, manifest: Manifest) -> bool:
-    """Whether the statistics of every class of a set are kept, rather than summed up."""
+    """Return whether the statistics of every class of a set are kept, and not only their summary.
+
+    ``shape`` is [layers,segments,units].
+    """
     if settings.class_rows != "auto":
         return settings.class_rows == "keep"
     return row_bytes(shape, manifest) <= MAX_ROW_BYTES
 
 
 def disk_bytes(settings: ScoreSettings, shape: Shape, manifests: Mapping[str, Manifest]) -> int:
-    """Bytes on disk of the statistics of all sets, and of the training images matched to the held-out ones."""
+    """Return the size on disk, in bytes, of the statistics of all sets, and of the part matched to the held-out images.
+
+    ``shape`` is [layers,segments,units], and ``manifests`` are the images by set.
+    """
     folds = int(np.prod(shape)) * FOLDS * FOLD_BYTES * (len(manifests) + 1)
     return folds + sum(row_bytes(shape, m) for m in manifests.values() if keeps_rows(settings, shape, m))
 
@@ -99,13 +107,15 @@ def disk_bytes(settings: ScoreSettings, shape: Shape, manifests: Mapping[str, Ma
 def plan_tokens(
     cache: TokenCache | None, recipe: Views, manifests: Mapping[str, Manifest], note: Callable[[str], None]
 ) -> tuple[TokenPlan, TokenCache | None]:
-    """What the token cache will hold, and the cache itself; None where it would fill half of the disk's free room.
+    """Return the expected use of the token cache, and the cache; None for the cache where the disk has too little room.
+
+    There is too little room where new tokens would fill more than half of the free space.
 
     Args:
-        cache: the cache that was asked for; None without one.
+        cache: the cache that was asked for; None for no cache.
         recipe: the views whose tokens are kept.
         manifests: the images, by set.
-        note: gets a sentence where the cache is left out for want of room.
+        note: is given a sentence where there is too little room.
     """
     if cache is None:
         return TokenPlan(), None

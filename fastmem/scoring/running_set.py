@@ -1,4 +1,4 @@
-"""The running state of one image set's pass: statistics, those of the matched images, losses, and skipped files."""
+"""The results so far of a scoring pass over one set of images: statistics, losses and images that were left out."""
 
 from __future__ import annotations
 
@@ -23,8 +23,15 @@ MATCHED, LOSSES = "matched/", "losses/"
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """What the forward pass gave for one batch: manifest positions int64 [n], responses float32
-    [n,views,layers,segments,units], and where losses are kept hits float32 [n] and the centre view's outcomes."""
+    """The results of the forward pass for one batch of n images.
+
+    Attributes:
+        positions: int64 [n], positions in the manifest.
+        responses: float32 [n,views,layers,segments,units].
+        outcomes: loss and hit of every token of the centre view; None where losses are not kept.
+        hits: float32 [n] in [0,1], share of hits over the candidate positions; None where losses are not kept.
+        unconditional: float32 [n], mean loss without a class, in nats per token; None where it is not kept.
+    """
 
     positions: np.ndarray
     responses: Tensor
@@ -35,10 +42,19 @@ class Seen:
 
 @dataclass
 class RunningSet:
-    """Statistics of one set so far; a work unit at a time is open and belongs to nothing until it is whole.
+    """The results so far for one set of images.
 
-    builder: of all images; matched_builder: of those that ``matched`` (bool, by manifest position) marks, None where
-    there is no such mask; losses: None where none are kept; unit_update: the backend's operator, None for plain torch.
+    Batches are first added to an open work unit, which enters the results only when it is complete.
+
+    Attributes:
+        manifest: the images of the set.
+        builder: statistics of all images.
+        matched: bool [N], marks the images that are matched to the held-out set; None where there are none or all are.
+        matched_builder: statistics of the matched images; None where ``matched`` is None.
+        losses: loss and hits of every image; None where they are not kept.
+        unit_update: the backend's operator that adds responses to statistics; None for plain torch.
+        skipped: images of finished work units that could not be read.
+        units: number of finished work units.
     """
 
     manifest: Manifest
@@ -54,11 +70,11 @@ class RunningSet:
         self._open_unit()
 
     def update(self, seen: Seen, skipped: Sequence[Skipped]) -> None:
-        """Add a batch, and those of its images that could not be read, to the open work unit."""
+        """Add a batch, and its images that could not be read, to the open work unit."""
         self.skip(skipped)
         self._accumulate(self.unit, seen, np.ones(len(seen.positions), dtype=bool))
         if self.matched_builder is not None:
-            # accumulated apart, so that a set's statistics are the same bits with and without a held-out set
+            # summed separately, so that the statistics of the whole set do not depend on there being a held-out set
             self._accumulate(self.matched_unit, seen, self.matched[seen.positions])
         if self.losses is not None:
             self.losses.loss[seen.positions] = seen.outcomes.loss.mean(1).cpu().numpy()
@@ -75,11 +91,11 @@ class RunningSet:
             unit[i] = unit[i].update_by(self.unit_update, found, ids[rows])
 
     def skip(self, skipped: Sequence[Skipped]) -> None:
-        """Note images of the open work unit that could not be read."""
+        """Add images that could not be read to the open work unit."""
         self.unit_skipped += skipped
 
     def end_unit(self, label: int) -> None:
-        """Fold the open work unit, whose images are all of class ``label``, into the statistics."""
+        """Add the open work unit, whose images are all of class ``label``, to the results, and open the next one."""
         self.builder.update(label, self.unit)
         if self.matched_builder is not None:
             self.matched_builder.update(label, self.matched_unit)
@@ -88,7 +104,7 @@ class RunningSet:
         self._open_unit()
 
     def finish(self, origin: Mapping[str, Any]) -> UnitStats:
-        """The statistics of all finished work units."""
+        """Return the statistics of all finished work units; ``origin`` says what they were computed from."""
         stats = self.builder.finish(origin)
         return replace(stats, matched=self.matched_builder and self.matched_builder.finish(origin))
 
@@ -98,18 +114,18 @@ class RunningSet:
         self.unit_skipped: list[Skipped] = []
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and header from which ``restore`` goes on after the last finished work unit."""
+        """Return the results of all finished work units as tensors and a header, from which ``restore`` continues."""
         tensors, header = self.builder.state()
         if self.matched_builder is not None:
             more, header["matched"] = self.matched_builder.state()
-            # a class seen in the matched set only shares its tensors with the whole, and a file may hold none twice
+            # matched and whole set may share a tensor, which a safetensors file cannot hold twice
             tensors |= {MATCHED + name: tensor.clone() for name, tensor in more.items()}
         if self.losses is not None:
             tensors |= {LOSSES + name: tensor for name, tensor in self.losses.tensors().items()}
         return tensors, header | {"units": self.units, "skipped": as_rows(self.skipped)}
 
     def restore(self, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
-        """Continue from what ``state`` gave."""
+        """Continue from tensors and a header that ``state`` returned."""
 
         def part(prefix: str) -> dict[str, Tensor]:
             return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
@@ -124,10 +140,10 @@ class RunningSet:
 
 
 def as_rows(skipped: Sequence[Skipped]) -> list[dict[str, str]]:
-    """Skipped images for a JSON document."""
+    """Return images that were left out as rows for a JSON document."""
     return [asdict(s) for s in skipped]
 
 
 def from_rows(rows: Sequence[Mapping[str, str]]) -> list[Skipped]:
-    """What ``as_rows`` gave."""
+    """Return the images that were left out from rows of a JSON document."""
     return [Skipped(**row) for row in rows]

@@ -1,4 +1,8 @@
-"""The pass over the images: views, tokens, teacher-forced forward, responses, statistics; no activation is kept."""
+"""Score the units of a model: one pass over the images that turns responses into statistics.
+
+Images are cropped into views and encoded as tokens. The model predicts each true token from those before it, and the
+responses of its units are summed up at once, so no activation is kept.
+"""
 
 from __future__ import annotations
 
@@ -34,27 +38,29 @@ from fastmem.tokens.encoding import tokens_of
 
 STATE_SCHEMA = "fastmem.score-state/2"
 SKIPPED_SCHEMA = "fastmem.skipped/1"
+# images in a work unit, at most
 UNIT_IMAGES = 64
+# progress is saved at this interval
 SAVE_SECONDS = 30.0
 
 
 @dataclass(frozen=True, eq=False)
 class ScoreResult:
-    """What a scoring pass found.
+    """The results of a scoring pass.
 
     Attributes:
-        train: statistics of the training images; ``train.matched`` holds those that match the held-out set in size,
-            classes and folds (None where all of them do).
-        heldout: statistics of the held-out images; None without such a set.
+        train: statistics of the training images; ``train.matched`` holds those of the part that matches the held-out
+            set in size, classes and folds, None where all training images do.
+        heldout: statistics of the held-out images; None without a held-out set.
         train_losses: loss and hits of every training image; None where they were not asked for.
-        heldout_losses: the same of every held-out image.
+        heldout_losses: loss and hits of every held-out image; None where they were not asked for.
         manifests: the images by set, "train" and "heldout".
         skipped: images that could not be read, each with the reason.
-        backend: name of the backend that ran.
-        device: where the model was.
-        seconds: that the pass took in this process.
-        images_per_second: in this process.
-        run: the run folder; None for a result that is in memory alone.
+        backend: name of the backend that computed the responses.
+        device: device of the model.
+        seconds: duration of the pass in this process.
+        images_per_second: speed of the pass in this process.
+        run: the run folder; None for a result that is only in memory.
     """
 
     train: UnitStats
@@ -73,16 +79,18 @@ class ScoreResult:
 def responses(
     model: Model, tokens: Tensor, labels: Tensor, *, segments: Sequence[str] | None = None, backend: str = "auto"
 ) -> Tensor:
-    """Mean absolute activation of every unit over the positions of each segment: float32 [N,layers,segments,units].
+    """Return the responses of all units to images, given by their tokens: float32 [N,layers,segments,units].
+
+    The response of a unit is its mean absolute activation over the positions of a segment.
 
     Args:
         model: the model.
         tokens: true tokens of the images, int64 [N,T].
         labels: classes of the images, int64 [N].
         segments: names of segments; None for the model's default ones.
-        backend: "auto", or the name of one.
+        backend: name of the backend, or "auto" for the fastest one available.
 
-    Raises: UsageError for an unknown segment or backend, or tokens and labels of another shape or range.
+    Raises: UsageError for an unknown segment or backend, or for tokens or labels of another shape or range.
 
     Source: arXiv 2509.00488, section 3 (absolute activations, averaged over positions).
     """
@@ -102,26 +110,27 @@ def score_images(
     token_cache: str | Path | None = None,
     reporter: Reporter = SILENT,
 ) -> ScoreResult:
-    """Stream every unit's responses to the images into running statistics; no activation is kept.
+    """Compute statistics of every unit's responses to the images, in one pass that keeps no activation.
 
-    A held-out set is cut to the classes of the training set and, per class, to the number of images that it has; the
-    training images that match it are also kept apart in ``train.matched``.
+    A held-out set is reduced to the classes of the training set, with at most as many images of each class as the
+    training set has. The statistics of the training images that match it are also kept in ``train.matched``.
 
     Args:
         model: the model.
-        sets: images by set: "train", and "heldout" where there is a control.
-        settings: what determines the numbers.
-        backend: "auto", or the name of one.
-        out: folder of the run; None keeps the result in memory.
-        resume: go on in a folder whose pass was interrupted.
+        sets: images by set: "train", and optionally "heldout".
+        settings: the settings that the results depend on.
+        backend: name of the backend, or "auto" for the fastest one available.
+        out: folder of the run; None keeps the results in memory.
+        resume: continue the interrupted run in ``out``.
         check_classes: refuse images whose class order does not fit the checkpoint.
-        workers: processes that decode images; None chooses by cores.
-        token_cache: folder where tokens are kept for later passes; "auto" takes the one in ``FASTMEM_HOME``, None and
-            "off" keep none.
-        reporter: is told the plan, the images done, and what a person should know.
+        workers: number of processes that decode images; None to choose it by the number of cores.
+        token_cache: folder where tokens are kept for later passes; "auto" for the one in ``FASTMEM_HOME``, and None or
+            "off" for no cache.
+        reporter: its ``planned`` is given the `ScorePlan`, its ``advance`` the number of images done, and its ``note``
+            sentences for a person to read.
 
-    Raises: UsageError for settings that do not fit model or data, a folder that cannot be written or holds another run;
-    InputFileError for a damaged run folder. KeyboardInterrupt leaves a folder from which ``resume`` goes on.
+    Raises: UsageError where settings do not fit the model or the images, or where the folder cannot be written or holds
+    another run; InputFileError where the run folder is damaged; KeyboardInterrupt on Ctrl-C, after progress was saved.
     """
     chosen = choose_backend(backend, model.device, pre_activation=settings.activation == "pre")
     if out is not None:
@@ -143,12 +152,12 @@ class _Scorer:
 
     def __post_init__(self) -> None:
         self.recipe = self.model.view_recipe(self.settings.views)
-        # losses are taken on the centre view, which the responses need only when it was asked for
+        # losses are computed on the centre view, which is loaded as one view more where responses do not use it
         self.adds_centre = self.settings.per_image and self.settings.views != "center"
         self.loaded = Joined(self.recipe, self.model.view_recipe("center")) if self.adds_centre else self.recipe
         self.segments = self.model.find_segments(self.settings.segments)
         self.shape = (self.model.num_layers, len(self.segments), self.model.num_units)
-        # which training images the held-out set is matched to, by manifest position
+        # for every position in the training manifest, whether the image is matched to the held-out set
         self.matched: np.ndarray | None = None
         self.skipped: dict[str, list[Skipped]] = {}
         self.losses: dict[str, ImageLosses] = {}
@@ -201,7 +210,7 @@ class _Scorer:
         )
 
     def _manifests(self, sets: Mapping[str, ImageSource]) -> dict[str, Manifest]:
-        """The images of each set; a held-out set is cut to what the training set can be matched to."""
+        """Return the manifest of each set; of the held-out images only those that training images can match."""
         per_class, seed = self.settings.per_class, self.settings.seed
         manifests = {split: Manifest.build(source, per_class, seed) for split, source in sets.items()}
         if "heldout" in manifests:
@@ -249,7 +258,7 @@ class _Scorer:
             )
 
     def _plan(self, source: ImageSource, manifests: dict[str, Manifest], tokens: TokenPlan) -> ScorePlan:
-        """The size of the pass; the time comes from one batch that is run and thrown away."""
+        """Return the plan; the duration is estimated from one batch that is run and thrown away."""
         images = {split: len(manifest) for split, manifest in manifests.items()}
         disk = 0 if self.folder is None else disk_bytes(self.settings, self.shape, manifests)
         seconds = None
@@ -261,12 +270,12 @@ class _Scorer:
         return ScorePlan(images["train"], images.get("heldout", 0), self.recipe.count, disk, seconds, tokens)
 
     def _probe(self, source: ImageSource, manifest: Manifest, positions: np.ndarray, stored: float) -> float | None:
-        """Seconds for an image, where a share of them has its tokens already; None where not one can be read."""
-        # the first call also allocates and chooses kernels, so the second is timed
+        """Return the seconds per image if the tokens of a share ``stored`` are cached; None if no image can be read."""
+        # the first call also allocates memory and chooses kernels, so the second call is timed
         for batch in (positions[:1], positions):
             started = time.monotonic()
             cache = self.cache if stored == 1 else None
-            # what is encoded here is not kept: it would be encoded in other company than in the pass
+            # these tokens are not cached, because the pass may batch the images differently and so round differently
             ((kept, tokens, _),) = tokens_of(
                 self.model, source, manifest, [batch], self.loaded, cache, keep=False, workers=0
             )
@@ -282,7 +291,7 @@ class _Scorer:
         return max(1, self.settings.batch_size // self.recipe.count)
 
     def _see(self, tokens: Tensor, positions: np.ndarray, manifest: Manifest) -> Seen:
-        """The forward pass over tokens int64 [n,views,T] of the images at ``positions``."""
+        """Run the forward pass over tokens int64 [n,views,T] of the images at manifest positions int64 [n]."""
         model, names = self.model, [s.name for s in self.segments]
         labels = torch.from_numpy(manifest.labels[positions])
         centre, tokens = tokens[:, -1], tokens[:, : self.recipe.count]
@@ -300,7 +309,7 @@ class _Scorer:
         return Seen(positions, found, outcomes, model.hit_share(outcomes), unconditional)
 
     def _score_set(self, split: str, source: ImageSource, manifest: Manifest) -> tuple[UnitStats, int]:
-        """Statistics of one set, and how many images this process scored for it."""
+        """Score one set, or read its results; return its statistics and the number of images scored now."""
         file = self.folder and self.folder.stats_file(split)
         if file is not None and file.exists():
             self.skipped[split] = from_rows(read_json(self._skipped_file(split), SKIPPED_SCHEMA)["images"])
@@ -325,7 +334,7 @@ class _Scorer:
         return stats, len(manifest) - before
 
     def _start_set(self, split: str, manifest: Manifest) -> RunningSet:
-        """A set's running state, from its last checkpoint where there is one."""
+        """Return the results so far for a set: those that were saved, or empty ones."""
         keep_rows = keeps_rows(self.settings, self.shape, manifest)
         file = self.folder and self.folder.stats_file(split)
         builder = self._builder(keep_rows, row_folder(file) if file and keep_rows else None)
@@ -350,7 +359,7 @@ class _Scorer:
         return StatsBuilder(self.shape, names, class_only, keep_rows, rows_in, device=self.model.device)
 
     def _score_units(self, split: str, source: ImageSource, running: RunningSet, units: list[WorkUnit]) -> None:
-        """Score the work units that are not finished yet and fold them in, in order."""
+        """Score the work units that are not finished yet, in order, and add them to the results."""
         manifest = running.manifest
         batches = list(_cut_batches(units[running.units :], self._images_per_batch))
         cut = [positions for positions, _ in batches]
@@ -374,7 +383,7 @@ class _Scorer:
             self._save(split, running)
 
     def _save(self, split: str, running: RunningSet) -> None:
-        """Checkpoint what is finished; the last checkpoint stays until this one is whole."""
+        """Save the results of all finished work units; the file before is kept until the new one is complete."""
         if self.folder is None:
             return
         tensors, header = running.state()
@@ -386,7 +395,7 @@ class _Scorer:
 
 
 def _cut_batches(units: Sequence[WorkUnit], size: int) -> Iterator[tuple[np.ndarray, bool]]:
-    """Manifest positions of each batch, and whether it is the last of its work unit."""
+    """Yield the manifest positions of each batch, and whether the batch is the last of its work unit."""
     for unit in units:
         for start in range(unit.start, unit.stop, size):
             yield np.arange(start, min(start + size, unit.stop)), start + size >= unit.stop

@@ -1,4 +1,4 @@
-"""What a scoring pass is asked to do."""
+"""The settings of a scoring pass."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ from dataclasses import dataclass
 
 from fastmem.errors import UsageError
 
-# views of one forward pass: at this size a GPU is full and a hidden layer of RAR-XXL takes half a gigabyte
+# views in one forward pass: this many keep a GPU busy, and a hidden layer of RAR-XXL then takes half a gigabyte
 BATCH_VIEWS = 80
 
 
 @dataclass(frozen=True)
 class ScoreSettings:
-    """What determines the numbers of a scoring pass, besides model and data.
+    """The settings of a scoring pass that its results depend on, besides model and images.
 
     Attributes:
-        views: how many views of each image, or "center" for the centre view alone.
+        views: number of views of each image, or "center" for the centre view alone.
         segments: names of the segments; None for the model's default ones.
-        per_class: images of each class, drawn evenly; None for all.
-        batch_size: views of one forward pass.
-        activation: "post" takes responses after the GELU, "pre" before it.
-        class_rows: "keep" keeps the statistics of every class, "drop" only their summary; "auto" keeps them up to
+        per_class: number of images of each class, chosen by ``seed``; None for all.
+        batch_size: number of views in one forward pass.
+        activation: "post" for responses after the GELU, "pre" for responses before it.
+        class_rows: "keep" keeps the statistics of every class, "drop" only their summary, and "auto" keeps them up to
             2 GiB.
-        seed: draws the folds and the images taken of each class.
-        per_image: whether every image's loss and hits on its centre view are kept.
-        unconditional: whether its loss without a class is kept too.
+        seed: chooses the folds, and the images of each class.
+        per_image: keep the loss and hits of every image on its centre view.
+        unconditional: also keep the loss of every image without a class.
 
     Raises: UsageError for an unknown word, a number below 1, or ``unconditional`` without ``per_image``.
     """

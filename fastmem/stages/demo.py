@@ -96,9 +96,13 @@ def demo(
         token_cache=AUTO,
         reporter=reporter,
     )
+    # a pass with a run folder leaves a document
+    assert isinstance(scored, ScoredRun)
     if not full:
         return DemoResult(scored)
-    run = open_run(scored.run, data=sources["train"], heldout=sources["heldout"], model=loaded, reporter=reporter)
+    run = open_run(
+        scored.document["run"], data=sources["train"], heldout=sources["heldout"], model=loaded, reporter=reporter
+    )
     reporter.note(f"generating from the first {an_eighth(loaded)} of the {loaded.num_tokens} tokens of every image")
     return DemoResult(
         scored,

@@ -126,9 +126,16 @@ def evaluate(
         if any(r.train for r in references):
             reporter.note(COPYING)
         own = EvaluationSettings(sampling.samples or default_samples(run), seed, batch_size, png)
+        weights = run.weights()
         settings = EvaluateSettings(
-            **run.weights(),
-            **vars(own),
+            weights["checkpoint"],
+            weights["tokenizer"],
+            weights["dtype"],
+            weights["device"],
+            own.samples,
+            seed,
+            batch_size,
+            png,
             features=tuple((e.name, e.digest) for e in extractors),
             references=tuple(r.content for r in references),
             loss_images=loss_images,
@@ -154,7 +161,7 @@ def evaluate(
             run.model,
             run.folder.samples_folder,
             in_force.label,
-            run.weights(),
+            weights,
             own,
             extractors,
             references,

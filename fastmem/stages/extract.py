@@ -181,7 +181,7 @@ def find_index(
                 "no index of the training set: what comes back is compared with its target alone (`fastmem index`)"
             )
             return None
-    opened = EmbeddingIndex(path, str(run.model.device), reporter.note)
+    opened = EmbeddingIndex(Path(path), str(run.model.device), reporter.note)
     opened.check_embedder(judge.embedder)
     missing = int((~opened.contains(run.manifests["train"].ids)).sum())
     if missing:
@@ -218,7 +218,7 @@ def candidate_scores(run: OpenedRun, workers: int | None = None, reporter: Repor
                 cache=run.cache,
                 reporter=reporter,
             )
-    return {split: run.losses(split).hits for split in run.manifests}
+    return {split: losses.hits for split in run.manifests if (losses := run.losses(split)) is not None}
 
 
 def run_extraction(

@@ -67,7 +67,7 @@ def index(
     made = build_index(
         source,
         embedder,
-        out,
+        None if out is None else Path(out),
         factory=factory,
         resume=resume,
         batch_size=batch_size,

@@ -114,11 +114,11 @@ def mitigate(
         check_checkpoint_path(target)
     path = edit_path(run.folder, name or settings.name)
     if by == ATTRIBUTION:
-        selection, *seen = _choose_by_attribution(run, settings, reporter)
+        selection, chosen_on, chosen_against = _choose_by_attribution(run, settings, reporter)
+        plan = EditPlan.of(run.model, selection, factor, chosen_on, chosen_against, name=path.stem)
     else:
         selection = select(run.train, top, by, scope, merge, seed, heldout=run.heldout if by == "gap" else None)
-        seen = []
-    plan = EditPlan.of(run.model, selection, factor, *seen, name=path.stem)
+        plan = EditPlan.of(run.model, selection, factor, name=path.stem)
     keep_edit(plan, path)
     if target is not None:
         with plan.apply(run.model):

@@ -181,8 +181,13 @@ def open_run(
                 f"expected a model of the registry in {path}, got {inputs.model}, which was put together in memory: "
                 "give it with model="
             )
-        files = (checkpoint or inputs.checkpoint, tokenizer or inputs.tokenizer)
-        model = load_model(inputs.model, *files, device, dtype or identity["dtype"])
+        model = load_model(
+            inputs.model,
+            _path(checkpoint, inputs.checkpoint),
+            _path(tokenizer, inputs.tokenizer),
+            device,
+            dtype or identity["dtype"],
+        )
     _check_weights(folder.path, identity, model, reporter)
     manifests = {split: Manifest.load(folder.manifest_file(split)) for split in splits}
     given = {"train": data, "heldout": heldout}
@@ -192,6 +197,11 @@ def open_run(
     }
     manifests = {split: manifest.found_in(sources[split]) for split, manifest in manifests.items()}
     return OpenedRun(folder, identity, model, sources, manifests, TokenCache.open(inputs.token_cache, model))
+
+
+def _path(given: str | os.PathLike[str] | None, before: str | None) -> Path | None:
+    path = before if given is None else given
+    return None if path is None else Path(path)
 
 
 def dtype_name(model: Model) -> str:

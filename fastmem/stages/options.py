@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from fastmem.errors import UsageError
 from fastmem.extraction.candidates import TOP_PER_CLASS
@@ -34,7 +35,8 @@ class SSCDOptions:
 
         Raises: as ``find_embedder``.
         """
-        return find_embedder(self.sscd, trust=self.trust_sscd, size=self.sscd_size, device=device)
+        file = None if self.sscd is None else Path(self.sscd)
+        return find_embedder(file, trust=self.trust_sscd, size=self.sscd_size, device=device)
 
 
 USUAL_SSCD = SSCDOptions()

@@ -62,7 +62,9 @@ class FeatureOptions:
             self.features == "auto" and (self.sscd.sscd is not None or not chosen)
         ):
             embedder, reason = self.sscd.find(device)
-            chosen += self._found(embedder and SSCDFeatures(embedder), reason, "an SSCD model", reporter)
+            chosen += self._found(
+                None if embedder is None else SSCDFeatures(embedder), reason, "an SSCD model", reporter
+            )
         if not chosen:
             reporter.note("no features: nothing is sampled, only losses are taken")
         return chosen

@@ -113,7 +113,7 @@ def score(
         resume=resume,
         check_classes=check_classes,
         workers=workers,
-        token_cache=token_cache,
+        token_cache=None if token_cache is None else os.fspath(token_cache),
         reporter=reporter,
     )
     if out is None:
@@ -129,10 +129,11 @@ def _inputs(
     model: Model, source: ImageSource, heldout: ImageSource | None, token_cache: str | os.PathLike[str] | None
 ) -> RunInputs:
     """What a later stage needs to find weights and images again, wherever it is called from."""
-    files = (None if path is None else os.path.abspath(path) for path in (model.checkpoint_file, model.tokenizer_file))
+    checkpoint, tokenizer = model.checkpoint_file, model.tokenizer_file
     return RunInputs(
         model.name,
-        *files,
+        None if checkpoint is None else os.path.abspath(checkpoint),
+        None if tokenizer is None else os.path.abspath(tokenizer),
         source.place,
         None if heldout is None else heldout.place,
         data_split=source.split,

@@ -1,1 +1,1 @@
-"""From images to tokens: encoding, the cache on disk, and the tokens of centre views."""
+"""Tokens of images: encoding images, a cache of their tokens on disk, and the tokens of centre views."""

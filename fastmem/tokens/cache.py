@@ -1,9 +1,10 @@
-"""Tokens that were encoded before, on disk: a second pass over the same images skips decoding, views and tokenizer.
+"""A cache of image tokens on disk, so that a second pass over the same images need not decode, crop and encode them.
 
-A shard holds one recipe's tokens of one class-contiguous slice of a manifest. Its name is a hash of the slice's image
-ids and of everything else that makes a token (tokenizer weights, recipe, kind of device, library versions); every
-row carries the hash of its image's content, so a picture that changed under its name is encoded again. Shards are
-written whole or not at all and carry a check sum: a damaged one is named, and made again.
+The cache is a folder of shard files. A shard holds the tokens that one view recipe gives for a slice of a manifest with
+images of one class. The name of a shard is a hash of the image ids and of everything else that tokens depend on: the
+tokenizer's weights, the recipe, the kind of device and the versions of libraries. Every row holds a hash of its image's
+content, so an image whose file has changed is encoded again. Shards are written completely or not at all. Each holds a
+check sum; a damaged shard is reported and made again.
 """
 
 from __future__ import annotations
@@ -33,20 +34,24 @@ from fastmem.models.model import Model
 
 SCHEMA = "fastmem.tokens/2"
 SHARD_IMAGES = 64
-# libraries whose next version may decode, resize or encode to other bits
+# another version of these libraries may decode, resize or encode to slightly different values
 LIBRARIES = ("pillow", "torch", "torchvision")
+# words in place of a folder: the one in FASTMEM_HOME, and no cache
 AUTO, OFF = "auto", "off"
 
-# tokens int16 or int32 [V,T] and the content's hash, by image id
+# for each image id a hash of the image's content, and its tokens, int16 or int32 [V,T]
 Rows = Mapping[int, tuple[bytes, Tensor]]
 
 
 @dataclass(frozen=True)
 class TokenCache:
-    """A folder of shards for one tokenizer; picklable, so that worker processes can read it too.
+    """A cache of the tokens of one tokenizer; it can be pickled, so that worker processes can read it.
 
-    context: everything that makes a token besides image, id and recipe; num_tokens: T; small: whether int16 holds every
-    token.
+    Attributes:
+        folder: folder of the shard files.
+        context: JSON text of everything that tokens depend on, besides the image, its id and the recipe.
+        num_tokens: tokens of one view, T.
+        small: whether every token fits into int16; else int32 is used.
     """
 
     folder: Path
@@ -56,9 +61,11 @@ class TokenCache:
 
     @classmethod
     def open(cls, where: str | os.PathLike[str] | None, model: Model) -> TokenCache | None:
-        """The cache in a folder, in ``FASTMEM_HOME`` for "auto", or None for "off" and None.
+        """Return the cache of a model's tokens in the folder ``where``, or None where there is to be no cache.
 
-        Raises: UsageError where a file is in the folder's place.
+        "auto" stands for the folder ``tokens`` in ``FASTMEM_HOME``; "off" and None stand for no cache.
+
+        Raises: UsageError where ``where`` is a file.
         """
         if where is None or where == OFF:
             return None
@@ -74,20 +81,22 @@ class TokenCache:
         return cls(folder, json.dumps(context, sort_keys=True), model.num_tokens, model.vocabulary <= 2**15)
 
     def shard_file(self, recipe: Views, ids: np.ndarray) -> Path:
-        """Where the tokens of a slice with image ids int64 [n] lie under a recipe that is not joined."""
+        """Return the path of the shard for a slice's image ids, int64 [n], and a recipe that is not a `Joined` one."""
         digest = hashlib.sha256(json.dumps([self.context, recipe.name]).encode())
         digest.update(ids.astype("<i8").tobytes())
         name = digest.hexdigest()
         return self.folder / name[:2] / f"{name}.safetensors"
 
     def read(self, recipe: Views, ids: np.ndarray) -> Rows:
-        """The rows of a slice that are there, with the views of a joined recipe on end.
+        """Return the rows that the cache holds for a slice's image ids, int64 [n].
 
-        Raises: InputFileError for a damaged shard.
+        For a `Joined` recipe the views of both recipes are put together, first those of the first one.
+
+        Raises: InputFileError where a shard is damaged.
         """
         first, *others = (self._read_shard(part, ids) for part in parts_of(recipe))
         for other in others:
-            # a row whose content changed between the two writes belongs to neither
+            # an image that changed between the writing of the two shards is left out
             first = {
                 i: (content, torch.cat([tokens, other[i][1]]))
                 for i, (content, tokens) in first.items()
@@ -106,7 +115,7 @@ class TokenCache:
         return {i: (contents[row].tobytes(), tensors["tokens"][row]) for row, i in enumerate(tensors["ids"].tolist())}
 
     def write(self, recipe: Views, ids: np.ndarray, rows: Rows) -> None:
-        """Add rows, tokens [V,T], to the shards of a slice.
+        """Add rows, with tokens [V,T], to the shards for a slice's image ids, int64 [n].
 
         Raises: UsageError where the folder cannot be written.
         """
@@ -129,18 +138,18 @@ class TokenCache:
             "contents": torch.from_numpy(contents.copy()),
             "tokens": torch.stack([rows[i][1] for i in order]).to(torch.int16 if self.small else torch.int32),
         }
-        # several may write one shard: each makes a file of its own, and the last to rename wins whole
+        # several processes may write one shard: each writes a file of its own, and the one renamed last is kept
         own = file.with_name(f"{uuid4().hex}-{file.name}")
         write_tensors(own, tensors, SCHEMA, {"file": file.name, "checksum": _checksum(tensors)})
         os.replace(own, file)
 
     def bytes_of(self, recipe: Views, images: int) -> int:
-        """Bytes on disk of that many images' tokens."""
+        """Return the number of bytes on disk that the tokens of ``images`` images take under a recipe."""
         row = recipe.count * self.num_tokens * (2 if self.small else 4)
         return images * (row + len(parts_of(recipe)) * (8 + DIGEST_BYTES))
 
     def stored(self, recipe: Views, manifest: Manifest) -> int:
-        """How many of a manifest's images lie in slices that were written, by the files that are there."""
+        """Return the number of a manifest's images in slices whose shard files exist."""
         return sum(
             unit.stop - unit.start
             for unit in manifest.work_units(SHARD_IMAGES)
@@ -148,7 +157,7 @@ class TokenCache:
         )
 
     def free_bytes(self) -> int:
-        """Room on the disk that holds the folder."""
+        """Return the free space, in bytes, of the disk that holds the folder."""
         place = self.folder.absolute()
         while not place.exists():
             place = place.parent
@@ -156,7 +165,7 @@ class TokenCache:
 
 
 def parts_of(recipe: Views) -> Sequence[Views]:
-    """The recipes that are joined in one: each has shards of its own, for whoever wants one of them alone."""
+    """Return the recipes that a `Joined` recipe consists of; each has its own shards, which other passes can use."""
     return (*parts_of(recipe.first), *parts_of(recipe.second)) if isinstance(recipe, Joined) else (recipe,)
 
 

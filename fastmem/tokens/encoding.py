@@ -1,4 +1,4 @@
-"""From images to tokens: decoded, cropped and encoded, or taken from the cache."""
+"""Compute the tokens of images, or take them from the cache."""
 
 from __future__ import annotations
 
@@ -19,12 +19,18 @@ from fastmem.errors import InputFileError, UsageError
 from fastmem.models.model import Model
 from fastmem.tokens.cache import SHARD_IMAGES, Rows, TokenCache
 
+# a function that is given one sentence for a person to read
 Note = Callable[[str], None]
 
 
 class TokenBatch(NamedTuple):
-    """One batch of images that could be read: manifest positions int64 [n]; tokens int64 [n,V,T] on the model's device;
-    skipped: the batch's images that could not be read, in order."""
+    """The tokens of one batch of images, without the images that could not be read.
+
+    Attributes:
+        positions: int64 [n], positions in the manifest of the images that could be read.
+        tokens: int64 [n,V,T], on the model's device.
+        skipped: the batch's images that could not be read, in order.
+    """
 
     positions: np.ndarray
     tokens: Tensor
@@ -43,15 +49,25 @@ def tokens_of(
     workers: int | None = None,
     note: Note = lambda sentence: None,
 ) -> Iterator[TokenBatch]:
-    """Tokens of the given batches of manifest positions, one `TokenBatch` for each, in their order.
+    """Return the tokens of the given batches of manifest positions, one `TokenBatch` for each, in their order.
 
-    A batch is taken from the cache only as a whole, so that what is encoded, is encoded together with the images that
-    it would be encoded with if there were no cache: for equal batches both give the same bits.
+    A batch is taken from the cache only if the cache holds all of it; else all of it is encoded, as it would be without
+    a cache. This way equal batches give exactly equal tokens with and without a cache.
 
-    batches: positions, integers [n], for each batch; cache: None encodes everything; keep: False only reads it;
-    workers: as in ``load_views``; note: is told of a damaged shard, and when the cache cannot be written.
+    Args:
+        model: the model whose tokenizer encodes.
+        source: the images that the manifest was built from.
+        manifest: the order of the images.
+        batches: manifest positions, integers [n], for each batch.
+        recipe: which crops to encode.
+        cache: where tokens are looked up and kept; None for no cache.
+        keep: whether tokens that were encoded are written to the cache.
+        workers: number of processes that decode images; by default up to 4, as cores and shared memory allow, and none
+            for fewer than 256 images.
+        note: is given a sentence where a shard of the cache is damaged or the cache cannot be written.
 
-    Raises: as ``load_views``.
+    Raises: UsageError where a position is out of range, the manifest is of another source, or ``workers`` is negative;
+    FastmemError where a worker process died (raised while iterating).
     """
     if cache is None:
         loaded = load_views(source, manifest, batches, recipe, workers)
@@ -61,7 +77,7 @@ def tokens_of(
 
 
 def encode(model: Model, views: Tensor) -> Tensor:
-    """Tokens int64 [n,V,T] of views uint8 [n,V,S,S,3], on the model's device."""
+    """Return the tokens, int64 [n,V,T] on the model's device, of views uint8 [n,V,S,S,3] in [0,255]."""
     if not len(views):
         return torch.empty(*views.shape[:2], model.num_tokens, dtype=torch.int64, device=model.device)
     return model.tokenize(to_unit_range(views.flatten(0, 1).to(model.device))).unflatten(0, views.shape[:2])
@@ -69,32 +85,33 @@ def encode(model: Model, views: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class _Read:
-    """What a worker hands over: a batch with its views, or with ``tokens`` [n,V,T] in their place where the cache has
-    all of them; the content's hash by position; what was wrong with a shard."""
+    """A worker's result for a batch: its views, or its tokens [n,V,T] where the cache holds all of them."""
 
     batch: Batch
     tokens: Tensor | None
+    # hash of each image's content, by manifest position
     contents: dict[int, bytes]
+    # messages about damaged shards
     damaged: list[str]
 
 
 class _TokenReader(ViewReader):
-    """Batches by their manifest positions, as tokens where the cache has them and else as views."""
+    """Reads batches in worker processes: as tokens where the cache holds the whole batch, else as views."""
 
     def __init__(self, source: ImageSource, manifest: Manifest, recipe: Views, cache: TokenCache) -> None:
         super().__init__(source, manifest, recipe)
         self.cache = cache
         self.units = manifest.work_units(SHARD_IMAGES)
         self.starts = np.array([unit.start for unit in self.units])
-        # the batches of a slice follow one another
+        # the rows of one slice are kept, because the batches of a slice are read one after the other
         self.last: tuple[int, Rows] = (-1, {})
 
     def unit_of(self, position: int) -> int:
-        """Number of the slice that a manifest position lies in."""
+        """Return the number of the slice that contains a manifest position."""
         return int(np.searchsorted(self.starts, position, side="right")) - 1
 
     def ids_of(self, unit: int) -> np.ndarray:
-        """Image ids of a slice, int64 [n]."""
+        """Return the image ids of a slice, int64 [n], by the number of the slice."""
         return self.manifest.ids[self.units[unit].start : self.units[unit].stop]
 
     def read(self, positions: np.ndarray) -> _Read:
@@ -104,7 +121,7 @@ class _TokenReader(ViewReader):
         unknown = np.array([p for p in positions.tolist() if p not in known], dtype=np.int64)
         batch = self.cut(unknown)
         if known and not len(batch.positions):
-            # what is not known cannot be read, now as before
+            # the cache holds every image of the batch that can be read
             kept = [p for p in positions.tolist() if p in known]
             batch = Batch(np.array(kept, dtype=np.int64), batch.views, batch.skipped)
             return _Read(batch, torch.stack([known[p] for p in kept]), contents, damaged)
@@ -116,7 +133,7 @@ class _TokenReader(ViewReader):
             try:
                 found[position] = self.source.digest(int(self.manifest.index[position]))
             except DamagedImage:
-                # reading it as a picture says what is wrong with it
+                # decoding the image later reports what is wrong with it
                 continue
         return found
 
@@ -153,7 +170,7 @@ def _through_cache(
 
 
 class _Writer:
-    """Gathers the tokens of a slice until the batches have left it."""
+    """Collects the tokens of a slice, and writes them to the cache when the batches of that slice are over."""
 
     def __init__(self, reader: _TokenReader, note: Note) -> None:
         self.reader, self.note = reader, note
@@ -161,7 +178,7 @@ class _Writer:
         self.works = True
 
     def add(self, positions: np.ndarray, contents: dict[int, bytes], tokens: Tensor) -> None:
-        """Take a batch's tokens [n,V,T]; slices that it has no part of are written."""
+        """Collect the tokens [n,V,T] of a batch, and write the slices that contain none of its images."""
         units = [self.reader.unit_of(p) for p in positions.tolist()]
         self.flush(keep=units)
         for position, unit, row in zip(positions.tolist(), units, tokens, strict=True):
@@ -170,7 +187,7 @@ class _Writer:
                 self.pending.setdefault(unit, {})[image] = (contents[position], row)
 
     def flush(self, keep: Iterable[int] = ()) -> None:
-        """Write all slices but those."""
+        """Write all collected slices to the cache, except those with the numbers in ``keep``."""
         for unit in self.pending.keys() - set(keep):
             rows = self.pending.pop(unit)
             if not self.works:

@@ -1,7 +1,7 @@
-"""The one reader of real images as tokens: of their centre views, or of another recipe's first view.
+"""Read real images as tokens: those of the centre view, or of the first view of another recipe.
 
-Candidates, losses, the check of the class order, attacks and the demo all read through here, so an image that one of
-them has encoded is taken from the token cache by the others.
+Everything that needs one view of each image reads it here (candidates, losses, the check of the class order, attacks
+and the demo), so that an image has to be encoded only once and then comes from the token cache.
 """
 
 from __future__ import annotations
@@ -21,17 +21,19 @@ from fastmem.tokens.cache import TokenCache
 from fastmem.tokens.encoding import tokens_of
 
 BATCH = 64
-# whose loss is taken, at the most
+# losses are computed for at most this many images by default
 MOST_IMAGES = 5000
 
 
 @dataclass(frozen=True, eq=False)
 class TrueImages:
-    """Real images as the tokens of one view; an edit leaves the tokenizer alone, so they serve for all edits.
+    """The tokens of one view of each of N real images.
+
+    An edit of a model does not change its tokenizer, so the tokens are the same for all edits.
 
     Attributes:
         ids: int64 [N], image ids.
-        labels: int64 [N].
+        labels: int64 [N], classes of the images.
         tokens: int64 [N,T], on the CPU.
     """
 
@@ -41,19 +43,20 @@ class TrueImages:
 
     @property
     def count(self) -> int:
-        """N."""
+        """Number N of images."""
         return len(self.ids)
 
     def take(self, chosen: np.ndarray) -> TrueImages:
-        """Some of the images, by a mask bool [N] or by positions int64 [n]."""
+        """Return some of the images, chosen by a mask, bool [N], or by positions, int64 [n]."""
         at = torch.from_numpy(chosen)
         return TrueImages(self.ids[chosen], self.labels[at], self.tokens[at])
 
 
 def spread(total: int, most: int) -> np.ndarray:
-    """At most ``most`` positions out of ``total``, evenly spread, int64 ascending; the first and the last are in it.
+    """Return at most ``most`` of the positions 0..total-1, evenly spread, as int64, with the first and the last.
 
-    A manifest is ordered by class, so every class keeps its share; within a class images are ordered by a hash.
+    A manifest is sorted by class, so every class keeps its share. Within a class it is sorted by image ids, which are
+    hashes, so the images chosen are as good as random.
     """
     if total <= most:
         return np.arange(total)
@@ -71,20 +74,23 @@ def read_true_images(
     workers: int | None = None,
     reporter: Reporter = SILENT,
 ) -> TrueImages:
-    """Tokenize images, or take their tokens from the cache; images that cannot be read are left out.
+    """Return the tokens of images, encoded now or taken from the cache; images that cannot be read are left out.
 
     Args:
-        model: whose tokenizer encodes.
+        model: the model whose tokenizer encodes.
         source: the images that the manifest was built from.
         manifest: the order of the images.
         positions: manifest positions int64 [n], ascending; None for all images.
-        recipe: which view to take, the first of its views; None for the model's centre view.
-        cache: where tokens are looked up; it is written to only when all images are read, because an image that is
-            encoded beside others than usual may differ from them by rounding.
-        workers: processes that decode images, as in ``load_views``.
-        reporter: ``advance`` is told of images that were read, ``note`` of a damaged file of the cache.
+        recipe: the recipe whose first view is taken; None for the model's centre view.
+        cache: where tokens are looked up; None for no cache. New tokens are kept only when ``positions`` is None,
+            because in other batches the rounding of the encoder may give slightly different tokens.
+        workers: number of processes that decode images; by default up to 4, as cores and shared memory allow, and none
+            for fewer than 256 images.
+        reporter: its ``advance`` is given the number of images read, and its ``note`` a sentence for a damaged file of
+            the cache.
 
-    Raises: as ``load_views``.
+    Raises: UsageError where a position is out of range, the manifest is of another source, or ``workers`` is negative;
+    FastmemError where a worker process died.
     """
     whole = positions is None
     at = np.arange(len(manifest)) if whole else positions

@@ -62,6 +62,7 @@ ANIMALS = {
     "cat/a.jpeg": encoded(3, file_format="JPEG"),
     "cat/deep/er/a.png": encoded(4),
 }
+FLAT = {"b.png": encoded(1), "a.PNG": encoded(2), "c.jpeg": encoded(3, file_format="JPEG"), "README": b"free"}
 ANIMAL_NAMES = ["cat/a.jpeg", "cat/b.PNG", "cat/deep/er/a.png", "dog/1.png"]
 
 
@@ -177,8 +178,11 @@ def test_an_empty_class_folder_keeps_its_number(tmp_path: Path) -> None:
     ("files", "split", "classes", "message"),
     [
         pytest.param(ANIMALS, "val", None, "expected a split 'val'.*got the folders cat, dog", id="no such split"),
-        pytest.param({"cat/a.txt": b"x"}, None, None, "one folder of images per class", id="no image"),
-        pytest.param({"a.png": encoded()}, None, None, "one folder of images per class", id="no class folder"),
+        pytest.param({"cat/a.txt": b"x"}, None, None, "per class.*got 1 folders without an image", id="no image"),
+        pytest.param({"a.png": encoded()}, None, None, "got 1 image that lies in no class folder", id="one image"),
+        pytest.param(FLAT, None, None, "per class.*got 3 images that lie in no class folder: put", id="flat"),
+        pytest.param(FLAT | {"cat/a.txt": b"x"}, None, None, "got 3 images", id="flat beside an empty folder"),
+        pytest.param(below("train", FLAT), "train", None, "[/:]train, got 3 images", id="flat split"),
         pytest.param({"train/a.png": b"x"}, None, None, '"" for the folder itself', id="a class named train"),
         pytest.param(below("val") | below("test"), None, None, r"like splits \(test, val\)", id="only other splits"),
         pytest.param(ANIMALS, None, ["dog"], "got 'cat' and 0 others", id="class not in the order"),

@@ -170,3 +170,31 @@ def test_a_reporter_hears_plans_and_progress(tiny_run, tmp_path):
     assert sum(done[-2:]) <= 4
     assert all(isinstance(note, str) and note for note in notes)
     assert Path(run.path, "extractions").exists()
+
+
+def test_what_scoring_has_encoded_no_later_stage_encodes_again(toy_source, tmp_path, monkeypatch):
+    model = make_toy_model()
+    heldout = ArraySource(random_images(8, 16, seed=3), np.array([0, 0, 0, 1, 1, 3, 3, 3]))
+    fastmem.score(
+        model,
+        toy_source,
+        heldout=heldout,
+        views=2,
+        per_image=True,
+        check_classes=False,
+        token_cache=tmp_path / "tokens",
+        out=tmp_path / "run",
+        pictures=False,
+    )
+    run = open_run(tmp_path / "run", data=toy_source, heldout=heldout, model=model)
+    monkeypatch.setattr(model, "tokenize", None)
+    read, digest = [], ArraySource.digest
+    monkeypatch.setattr(ArraySource, "digest", lambda self, index: read.append(index) or digest(self, index))
+    fastmem.extract(run, judge="tokens", top_per_class=2)
+    fastmem.mitigate(run, by="attribution", top=0.1)
+    quality = fastmem.evaluate(run, features="none")
+    assert {"loss_train", "loss_heldout"} <= set(quality.metrics)
+    table = fastmem.sweep(run, judge="tokens", by=("lowest",), fractions=(0.1,), seeds=1, declared_seeds=1)
+    assert len(table.rows) == 2
+    # looking an image up needs its content alone
+    assert read
