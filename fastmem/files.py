@@ -57,8 +57,8 @@ def read_json(path: Path, schema: str) -> dict[str, Any]:
         raise InputFileError(f"expected a file {path}, got none: check the path") from error
     except (OSError, ValueError) as error:
         raise InputFileError(f"expected a JSON document in {path}, got a damaged file ({error})") from error
-    found = document.get("schema") if isinstance(document, dict) else None
-    if found != schema:
+    if not isinstance(document, dict) or document.get("schema") != schema:
+        found = document.get("schema") if isinstance(document, dict) else None
         raise InputFileError(f"expected a {schema} document in {path}, got {found or 'something else'}")
     return document
 

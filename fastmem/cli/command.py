@@ -11,6 +11,8 @@ import click
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 GENERAL = "Options"
+# kinds of whole numbers
+FROM_0, FROM_1 = click.IntRange(0), click.IntRange(1)
 
 
 class GroupedOption(click.Option):
@@ -53,9 +55,18 @@ def command(name: str, *examples: str) -> Callable[[Callable[..., Any]], click.C
     return click.command(name, cls=GroupedCommand, examples=examples)
 
 
-def option(*names: str, group: str = GENERAL, **settings: Any) -> Callable[[Function], Function]:
-    """An option of a command, under the heading ``group``; else as ``click.option``."""
-    return click.option(*names, cls=GroupedOption, group=group, **settings)
+def option(names: str | tuple[str, ...], group: str, help_text: str, **settings: Any) -> Callable[[Function], Function]:
+    """An option of a command, whose default value stands in the help text.
+
+    Args:
+        names: such as "--seed"; a last name without dashes is the parameter that gets the value.
+        group: heading under which the option stands.
+        help_text: one sentence.
+        settings: the others that ``click.option`` takes.
+    """
+    shown = settings.get("default") is not None and not settings.get("is_flag")
+    declared = (names,) if isinstance(names, str) else names
+    return click.option(*declared, cls=GroupedOption, group=group, help=help_text, show_default=shown, **settings)
 
 
 def option_group(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import click
 
+from fastmem.cli.command import GENERAL, option
 from fastmem.cli.command import command as make_command
-from fastmem.cli.command import option
 from fastmem.cli.progress import terminal_reporter
 from fastmem.cli.score import print_score
 from fastmem.demo.controls import format_membership, format_ownership
@@ -16,9 +16,9 @@ from fastmem.stages.demo import demo
 
 
 @make_command("demo", "demo", f"demo --model {SMALL_EXAMPLE} --full")
-@option("--model", metavar="NAME", help="An embedded model.  [default: the first of them]")
-@option("--full", is_flag=True, help="Also find what is known, owned and extracted of the images of each dose.")
-@option("--out", metavar="RUN", help="Run folder.  [default: runs/MODEL-DATE]")
+@option("--model", GENERAL, "An embedded model.  [default: the first of them]", metavar="NAME")
+@option("--full", GENERAL, "Also find what is known, owned and extracted of the images of each dose.", is_flag=True)
+@option("--out", GENERAL, "Run folder.  [default: runs/MODEL-DATE]", metavar="RUN")
 def command(model: str | None, full: bool, out: str | None) -> None:
     """Scores an embedded model on the embedded images: tables, pictures, and arrays in a run folder.
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
+from fastmem.cli.command import FROM_1, option
 from fastmem.cli.command import command as make_command
-from fastmem.cli.command import option
 from fastmem.cli.options import (
     EDIT,
     JSON,
@@ -35,29 +35,24 @@ MEASURE = "What is measured"
 @EDIT
 @option(
     "--reference",
+    MEASURE,
+    "heldout, train, a folder or zip of images, or a .npz file with mu and sigma.  [default: heldout]",
     metavar="R",
-    group=MEASURE,
-    help="heldout, train, a folder or zip of images, or a .npz file with mu and sigma.  [default: heldout]",
 )
 @option(
-    "--features",
-    default="auto",
-    show_default=True,
-    group=MEASURE,
-    help="inception, sscd, both, none for losses alone, or auto for what there is.",
+    "--features", MEASURE, "inception, sscd, both, none for losses alone, or auto for what there is.", default="auto"
 )
-@option("--inception", metavar="FILE", group=MEASURE, help="torch-fidelity's weights.  [default: in FASTMEM_HOME]")
-@option("--fetch-inception", "fetch", is_flag=True, group=MEASURE, help="Download these weights into FASTMEM_HOME.")
+@option("--inception", MEASURE, "torch-fidelity's weights.  [default: in FASTMEM_HOME]", metavar="FILE")
+@option(("--fetch-inception", "fetch"), MEASURE, "Download these weights into FASTMEM_HOME.", is_flag=True)
 @option(
     "--loss-images",
-    type=click.IntRange(1),
+    MEASURE,
+    "Largest number of images of each set whose loss is taken.",
+    type=FROM_1,
     default=MOST_IMAGES,
-    show_default=True,
-    group=MEASURE,
-    help="Largest number of images of each set whose loss is taken.",
 )
 @sampling_options("50000; of an embedded model 10 of every class")
-@option("--png", is_flag=True, group=SAMPLING, help="Write every sample as a PNG file, too.")
+@option("--png", SAMPLING, "Write every sample as a PNG file, too.", is_flag=True)
 @sscd_options
 @WORKERS
 @RESUME

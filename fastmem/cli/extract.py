@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
+from fastmem.cli.command import FROM_0, FROM_1, option
 from fastmem.cli.command import command as make_command
-from fastmem.cli.command import option
 from fastmem.cli.options import (
     ATTACK,
     EDIT,
@@ -37,25 +37,12 @@ BROKEN_BOUND = 1
 @make_command("extract", "extract --run runs/xxl", "extract --run runs/xxl --edit unitmem-5pct-x0.5 --fail-above 30")
 @run_options
 @EDIT
-@option("--index", metavar="INDEX", group=THE_RUN, help="Index of the training set.  [default: in FASTMEM_HOME]")
-@option("--prefix", "prefixes", metavar="P,...", group=ATTACK, help="Prefix lengths in tokens.  [default: the model's]")
+@option("--index", THE_RUN, "Index of the training set.  [default: in FASTMEM_HOME]", metavar="INDEX")
+@option(("--prefix", "prefixes"), ATTACK, "Prefix lengths in tokens.  [default: the model's]", metavar="P,...")
 @attack_options
-@option(
-    "--fail-above",
-    type=click.IntRange(0),
-    metavar="N",
-    group=ATTACK,
-    help="Exit with status 1 if more than N images are extracted.",
-)
+@option("--fail-above", ATTACK, "Exit with status 1 if more than N images are extracted.", type=FROM_0, metavar="N")
 @sscd_options
-@option(
-    "--batch-size",
-    type=click.IntRange(1),
-    default=BATCH_ROWS,
-    show_default=True,
-    group=WORK,
-    help="Rows of tokens that are completed at once.",
-)
+@option("--batch-size", WORK, "Rows of tokens that are completed at once.", type=FROM_1, default=BATCH_ROWS)
 @WORKERS
 @RESUME
 @JSON

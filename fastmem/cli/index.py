@@ -9,8 +9,8 @@ from typing import Any
 
 import click
 
+from fastmem.cli.command import FROM_0, FROM_1, option
 from fastmem.cli.command import command as make_command
-from fastmem.cli.command import option
 from fastmem.cli.options import DEVICE, IMAGES, JSON, RESUME, WORK, WORKERS, print_document, say, sscd_options
 from fastmem.cli.progress import terminal_reporter
 from fastmem.data.sources import ImageSource, embedded_source, open_source
@@ -22,22 +22,15 @@ INDEX, PRINTED_SKIPPED = "The index", 5
 
 
 @make_command("index", "index --data imagenet/train", "index --merge first --merge second --out both")
-@option("--data", metavar="PATH", group=IMAGES, help="Training images: a folder with one folder per class, or a zip.")
-@option("--classes", metavar="FILE", group=IMAGES, help="Class folders in the checkpoint's order, one name per line.")
-@option("--out", metavar="INDEX", group=INDEX, help="Folder of the index.  [default: the set's own in FASTMEM_HOME]")
-@option("--factory", metavar="TEXT", group=INDEX, help="faiss's string: Flat, HNSW32, IVF1024,Flat.  [default: Flat]")
-@option("--merge", multiple=True, metavar="INDEX", group=INDEX, help="Make --out from these indexes; give it twice.")
-@option(
-    "--seed",
-    type=click.IntRange(0),
-    default=0,
-    show_default=True,
-    group=INDEX,
-    help="Seed that draws the images on which recall is measured.",
-)
+@option("--data", IMAGES, "Training images: a folder with one folder per class, or a zip.", metavar="PATH")
+@option("--classes", IMAGES, "Class folders in the checkpoint's order, one name per line.", metavar="FILE")
+@option("--out", INDEX, "Folder of the index.  [default: the set's own in FASTMEM_HOME]", metavar="INDEX")
+@option("--factory", INDEX, "faiss's string: Flat, HNSW32, IVF1024,Flat.  [default: Flat]", metavar="TEXT")
+@option("--merge", INDEX, "Make --out from these indexes; give it twice.", multiple=True, metavar="INDEX")
+@option("--seed", INDEX, "Seed that draws the images on which recall is measured.", type=FROM_0, default=0)
 @sscd_options
 @DEVICE
-@option("--batch-size", type=click.IntRange(1), group=WORK, help="Images of one pass.  [default: 16, on a GPU 128]")
+@option("--batch-size", WORK, "Images of one pass.  [default: 16, on a GPU 128]", type=FROM_1)
 @WORKERS
 @RESUME
 @JSON

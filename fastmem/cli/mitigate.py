@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
+from fastmem.cli.command import FROM_0, FROM_1, option
 from fastmem.cli.command import command as make_command
-from fastmem.cli.command import option
 from fastmem.cli.options import JSON, WORK, RunOptions, parse_share, print_document, run_options, say
 from fastmem.cli.progress import terminal_reporter
 from fastmem.mitigation.attribution import BATCH_IMAGES
@@ -20,52 +20,26 @@ UNITS, THE_EDIT = "Which units", "The edit"
 
 @make_command("mitigate", "mitigate --run runs/xxl --top 5%", "mitigate --run runs/xxl --by attribution --name mine")
 @run_options
-@option("--top", default="5%", show_default=True, group=UNITS, help="Share of all units, as 5% or 0.05.")
-@option("--by", default="unitmem", show_default=True, group=UNITS, help=f"Selection: {', '.join(CHOICES)}.")
-@option(
-    "--scope",
-    default="global",
-    show_default=True,
-    group=UNITS,
-    help="global, or per-layer for as many units in every block.",
-)
-@option(
-    "--merge",
-    default="max",
-    show_default=True,
-    group=UNITS,
-    help="How scores of several segments become one: max, mean or sum.",
-)
+@option("--top", UNITS, "Share of all units, as 5% or 0.05.", default="5%")
+@option("--by", UNITS, f"Selection: {', '.join(CHOICES)}.", default="unitmem")
+@option("--scope", UNITS, "global, or per-layer for as many units in every block.", default="global")
+@option("--merge", UNITS, "How scores of several segments become one: max, mean or sum.", default="max")
 @option(
     "--seed",
-    type=click.IntRange(0),
+    UNITS,
+    "Seed of random and matched units, and of the halves that attribution sees.",
+    type=FROM_0,
     default=0,
-    show_default=True,
-    group=UNITS,
-    help="Seed of random and matched units, and of the halves that attribution sees.",
 )
+@option("--factor", THE_EDIT, "What the units' fc1 rows are multiplied by.", type=float, default=0.5)
+@option("--name", THE_EDIT, "Name of the edit in the run.  [default: selection, share and factor]")
 @option(
-    "--factor",
-    type=float,
-    default=0.5,
-    show_default=True,
-    group=THE_EDIT,
-    help="What the units' fc1 rows are multiplied by.",
-)
-@option("--name", group=THE_EDIT, help="Name of the edit in the run.  [default: selection, share and factor]")
-@option(
-    "--save-checkpoint",
-    "save_to",
+    ("--save-checkpoint", "save_to"),
+    THE_EDIT,
+    "Write the edited weights to a new file: .safetensors, .bin or .pth.",
     metavar="FILE",
-    group=THE_EDIT,
-    help="Write the edited weights to a new file: .safetensors, .bin or .pth.",
 )
-@option(
-    "--batch-size",
-    type=click.IntRange(1),
-    group=WORK,
-    help=f"Images of one backward pass of attribution.  [default: {BATCH_IMAGES}]",
-)
+@option("--batch-size", WORK, f"Images of one backward pass of attribution.  [default: {BATCH_IMAGES}]", type=FROM_1)
 @JSON
 def command(
     where: RunOptions,

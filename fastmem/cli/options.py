@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from fastmem.cli.command import option, option_group
+from fastmem.cli.command import FROM_0, FROM_1, GENERAL, option, option_group
 from fastmem.errors import UsageError
 from fastmem.extraction.candidates import TOP_PER_CLASS
 from fastmem.index.embedding import PUBLISHED_SIZE
@@ -24,32 +24,22 @@ Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 THE_RUN, IMAGES, WEIGHTS = "The run", "Images", "Weights and device"
 ATTACK, SSCD, SAMPLING, WORK = "The attack", "SSCD, which compares pictures", "Samples", "How the work is done"
 
-JSON = option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout.")
+JSON = option(("--json", "as_json"), GENERAL, "Print one JSON document on stdout.", is_flag=True)
 CHECKPOINT = option(
-    "--checkpoint", metavar="FILE", group=WEIGHTS, help="Generator weights.  [default: in FASTMEM_HOME or the package]"
+    "--checkpoint", WEIGHTS, "Generator weights.  [default: in FASTMEM_HOME or the package]", metavar="FILE"
 )
 TOKENIZER = option(
-    "--tokenizer", metavar="FILE", group=WEIGHTS, help="Tokenizer weights.  [default: in FASTMEM_HOME or the package]"
+    "--tokenizer", WEIGHTS, "Tokenizer weights.  [default: in FASTMEM_HOME or the package]", metavar="FILE"
 )
-DEVICE = option("--device", default="auto", show_default=True, group=WEIGHTS, help="auto, cpu, cuda or cuda:N.")
-WORKERS = option(
-    "--workers", type=click.IntRange(0), group=WORK, help="Processes that decode images.  [default: by cores]"
-)
-RESUME = option("--resume", is_flag=True, group=WORK, help="Go on with work that was interrupted.")
-EDIT = option(
-    "--edit", metavar="NAME", group=THE_RUN, help="Use the model with this edit: its name in the run, or a file."
-)
+DEVICE = option("--device", WEIGHTS, "auto, cpu, cuda or cuda:N.", default="auto")
+WORKERS = option("--workers", WORK, "Processes that decode images.  [default: by cores]", type=FROM_0)
+RESUME = option("--resume", WORK, "Go on with work that was interrupted.", is_flag=True)
+EDIT = option("--edit", THE_RUN, "Use the model with this edit: its name in the run, or a file.", metavar="NAME")
 
 
 def model_option() -> Decorator:
     """--model."""
-    return option(
-        "--model",
-        required=True,
-        metavar="NAME",
-        group=WEIGHTS,
-        help="Name of the model; `fastmem models` lists them.",
-    )
+    return option("--model", WEIGHTS, "Name of the model; `fastmem models` lists them.", required=True, metavar="NAME")
 
 
 @dataclass(frozen=True)
@@ -74,36 +64,29 @@ class RunOptions:
 run_options: Decorator = option_group(
     RunOptions,
     "where",
-    option("--run", required=True, metavar="RUN", group=THE_RUN, help="Folder of a scored run."),
-    option("--data", metavar="PATH", group=IMAGES, help="Training images, if they have moved since they were scored."),
-    option("--heldout", metavar="PATH", group=IMAGES, help="Held-out images, if they have moved since."),
-    option("--classes", metavar="FILE", group=IMAGES, help="File with the class order, if it has changed since."),
-    option("--checkpoint", metavar="FILE", group=WEIGHTS, help="Generator weights, if they have moved since."),
-    option("--tokenizer", metavar="FILE", group=WEIGHTS, help="Tokenizer weights, if they have moved since."),
+    option("--run", THE_RUN, "Folder of a scored run.", required=True, metavar="RUN"),
+    option("--data", IMAGES, "Training images, if they have moved since they were scored.", metavar="PATH"),
+    option("--heldout", IMAGES, "Held-out images, if they have moved since.", metavar="PATH"),
+    option("--classes", IMAGES, "File with the class order, if it has changed since.", metavar="FILE"),
+    option("--checkpoint", WEIGHTS, "Generator weights, if they have moved since.", metavar="FILE"),
+    option("--tokenizer", WEIGHTS, "Tokenizer weights, if they have moved since.", metavar="FILE"),
     DEVICE,
-    option("--dtype", group=WEIGHTS, help="Generator as float32, bfloat16 or float16.  [default: as it was scored]"),
+    option("--dtype", WEIGHTS, "Generator as float32, bfloat16 or float16.  [default: as it was scored]"),
 )
 
 sscd_options: Decorator = option_group(
     SSCDOptions,
     "sscd",
+    option("--sscd", SSCD, "Meta's sscd_disc_mixup.torchscript.pt.  [default: in FASTMEM_HOME]", metavar="FILE"),
     option(
-        "--sscd", metavar="FILE", group=SSCD, help="Meta's sscd_disc_mixup.torchscript.pt.  [default: in FASTMEM_HOME]"
+        "--trust-sscd", SSCD, "Load a TorchScript file of unknown SHA-256, although it can run any code.", is_flag=True
     ),
     option(
-        "--trust-sscd",
-        is_flag=True,
-        group=SSCD,
-        help="Load a TorchScript file of unknown SHA-256, although it can run any code.",
-    ),
-    option(
-        "--size",
-        "sscd_size",
+        ("--size", "sscd_size"),
+        SSCD,
+        "Side in pixels to which images are resized; SSCD's authors use 288.",
         type=int,
         default=PUBLISHED_SIZE,
-        show_default=True,
-        group=SSCD,
-        help="Side in pixels to which images are resized; SSCD's authors use 288.",
     ),
 )
 
@@ -111,25 +94,19 @@ attack_options: Decorator = option_group(
     AttackOptions,
     "attack",
     option(
-        "--top-per-class",
-        type=click.IntRange(1),
-        default=TOP_PER_CLASS,
-        show_default=True,
-        group=ATTACK,
-        help="Number of images of every class that are tried.",
+        "--top-per-class", ATTACK, "Number of images of every class that are tried.", type=FROM_1, default=TOP_PER_CLASS
     ),
     option(
         "--judge",
+        ATTACK,
+        "sscd compares pictures, tokens compares tokens, auto takes sscd if there is a model.",
         default="auto",
-        show_default=True,
-        group=ATTACK,
-        help="sscd compares pictures, tokens compares tokens, auto takes sscd if there is a model.",
     ),
     option(
         "--threshold",
+        ATTACK,
+        "An image is extracted above this similarity.  [default: 0.75 by sscd, 0.9 by tokens]",
         type=float,
-        group=ATTACK,
-        help="An image is extracted above this similarity.  [default: 0.75 by sscd, 0.9 by tokens]",
     ),
 )
 
@@ -139,27 +116,14 @@ def sampling_options(default: str) -> Decorator:
     return option_group(
         SamplingOptions,
         "sampling",
-        option(
-            "--samples",
-            type=click.IntRange(1),
-            group=SAMPLING,
-            help=f"Number of images to sample from the model.  [default: {default}]",
-        ),
-        option(
-            "--seed",
-            type=click.IntRange(0),
-            default=0,
-            show_default=True,
-            group=SAMPLING,
-            help="Seed of the random draws.",
-        ),
+        option("--samples", SAMPLING, f"Number of images to sample from the model.  [default: {default}]", type=FROM_1),
+        option("--seed", SAMPLING, "Seed of the random draws.", type=FROM_0, default=0),
         option(
             "--batch-size",
-            type=click.IntRange(1),
+            SAMPLING,
+            "Number of images that are sampled at once; another number draws other images.",
+            type=FROM_1,
             default=BATCH,
-            show_default=True,
-            group=SAMPLING,
-            help="Number of images that are sampled at once; another number draws other images.",
         ),
     )
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import click
 
+from fastmem.cli.command import FROM_0, FROM_1, option
 from fastmem.cli.command import command as make_command
-from fastmem.cli.command import option
 from fastmem.cli.options import (
     CHECKPOINT,
     DEVICE,
@@ -43,55 +43,35 @@ SCORES, RESULT = "What is measured", "The result"
     f"score --model {LARGE_EXAMPLE} --data imagenet/train --heldout imagenet/val",
 )
 @model_option()
-@option("--data", metavar="PATH", group=IMAGES, help="Training images: a folder with one folder per class, or a zip.")
-@option("--heldout", metavar="PATH", group=IMAGES, help="Images that the model was not trained on, as a control.")
-@option("--per-class", type=click.IntRange(1), group=IMAGES, help="Images of each class, drawn evenly.  [default: all]")
-@option("--classes", metavar="FILE", group=IMAGES, help="Class folders in the checkpoint's order, one name per line.")
-@option("--no-class-check", is_flag=True, group=IMAGES, help="Accept a class order that may not fit the checkpoint.")
+@option("--data", IMAGES, "Training images: a folder with one folder per class, or a zip.", metavar="PATH")
+@option("--heldout", IMAGES, "Images that the model was not trained on, as a control.", metavar="PATH")
+@option("--per-class", IMAGES, "Images of each class, drawn evenly.  [default: all]", type=FROM_1)
+@option("--classes", IMAGES, "Class folders in the checkpoint's order, one name per line.", metavar="FILE")
+@option("--no-class-check", IMAGES, "Accept a class order that may not fit the checkpoint.", is_flag=True)
 @CHECKPOINT
 @TOKENIZER
 @DEVICE
-@option("--dtype", default="float32", show_default=True, group=WEIGHTS, help="Generator as float32, bfloat16, float16.")
-@option("--views", default="10", show_default=True, group=SCORES, help="Views of each image: a number, or center.")
-@option("--segments", metavar="A,B", group=SCORES, help="Positions to score, by name.  [default: the model's own]")
+@option("--dtype", WEIGHTS, "Generator as float32, bfloat16, float16.", default="float32")
+@option("--views", SCORES, "Views of each image: a number, or center.", default="10")
+@option("--segments", SCORES, "Positions to score, by name.  [default: the model's own]", metavar="A,B")
+@option("--activation", SCORES, "post takes responses after the GELU, pre before it.", default="post")
+@option("--per-image", SCORES, "Keep every image's loss and hits, for membership and candidates.", is_flag=True)
+@option("--cfg", SCORES, "Keep every image's loss without a class too; implies --per-image.", is_flag=True)
+@option("--seed", SCORES, "Seed that deals images to folds and draws those of --per-class.", type=FROM_0, default=0)
+@option("--out", RESULT, "Run folder.  [default: runs/MODEL-DATE]", metavar="RUN")
 @option(
-    "--activation",
-    default="post",
-    show_default=True,
-    group=SCORES,
-    help="post takes responses after the GELU, pre before it.",
-)
-@option(
-    "--per-image", is_flag=True, group=SCORES, help="Keep every image's loss and hits, for membership and candidates."
-)
-@option("--cfg", is_flag=True, group=SCORES, help="Keep every image's loss without a class too; implies --per-image.")
-@option(
-    "--seed",
-    type=click.IntRange(0),
-    default=0,
-    show_default=True,
-    group=SCORES,
-    help="Seed that deals images to folds and draws those of --per-class.",
-)
-@option("--out", metavar="RUN", group=RESULT, help="Run folder.  [default: runs/MODEL-DATE]")
-@option(
-    "--class-rows",
-    default="auto",
-    show_default=True,
-    group=RESULT,
-    help="keep the statistics of every class, drop them, or auto: keep up to 2 GiB.",
+    "--class-rows", RESULT, "keep the statistics of every class, drop them, or auto: keep up to 2 GiB.", default="auto"
 )
 @RESUME
-@option("--backend", default="auto", show_default=True, group=WORK, help="auto, torch, cpp or triton.")
-@option("--batch-size", type=click.IntRange(1), group=WORK, help="Views of one forward pass.  [default: 80]")
+@option("--backend", WORK, "auto, torch, cpp or triton.", default="auto")
+@option("--batch-size", WORK, "Views of one forward pass.  [default: 80]", type=FROM_1)
 @WORKERS
 @option(
     "--token-cache",
+    WORK,
+    "Folder where tokens are kept for later passes; off keeps none, auto takes FASTMEM_HOME/tokens.",
     default="auto",
-    show_default=True,
     metavar="PATH",
-    group=WORK,
-    help="Folder where tokens are kept for later passes; off keeps none, auto takes FASTMEM_HOME/tokens.",
 )
 @JSON
 def command(

@@ -45,50 +45,39 @@ PLAN_OPTIONS = ("fractions", "factors", "scope", "merge", "seeds", "declared_see
 
 @make_command("sweep", "sweep --run runs/xxl --re-attack 5%", "sweep --run runs/xxl --resume --target-reduction 0.8")
 @run_options
-@option("--fractions", default="1%,2%,5%,10%,20%", show_default=True, group=PLAN, help="Shares of all units.")
-@option("--factors", default="0.5", show_default=True, group=PLAN, help="What the units' rows are multiplied by.")
-@option("--by", default=",".join(SELECTED), show_default=True, group=PLAN, help="Selections, controls among them.")
-@option("--scope", default="global", show_default=True, group=PLAN, help="global, or per-layer.")
-@option(
-    "--merge", default="max", show_default=True, group=PLAN, help="How scores of segments become one: max, mean, sum."
-)
-@option("--seeds", type=int, default=3, show_default=True, group=PLAN, help="Draws of random and matched units.")
-@option(
-    "--declared-seeds",
-    type=int,
-    default=20,
-    show_default=True,
-    group=PLAN,
-    help="Draws at the share that is declared for the model's family.",
-)
+@option("--fractions", PLAN, "Shares of all units.", default="1%,2%,5%,10%,20%")
+@option("--factors", PLAN, "What the units' rows are multiplied by.", default="0.5")
+@option("--by", PLAN, "Selections, controls among them.", default=",".join(SELECTED))
+@option("--scope", PLAN, "global, or per-layer.", default="global")
+@option("--merge", PLAN, "How scores of segments become one: max, mean, sum.", default="max")
+@option("--seeds", PLAN, "Draws of random and matched units.", type=int, default=3)
+@option("--declared-seeds", PLAN, "Draws at the share that is declared for the model's family.", type=int, default=20)
 @option(
     "--equal-quality",
+    PLAN,
+    "Shares at which random units are tuned to cost as much.  [default: the declared share]",
     metavar="SHARES",
-    group=PLAN,
-    help="Shares at which random units are tuned to cost as much.  [default: the declared share]",
 )
-@option("--re-attack", metavar="SHARES", group=PLAN, help="Attack the edits of these shares again, by other ways.")
+@option("--re-attack", PLAN, "Attack the edits of these shares again, by other ways.", metavar="SHARES")
 @option(
     "--target-reduction",
+    PLAN,
+    "Search instead for the cheapest edit that leaves 1-R of the extracted images.",
     type=float,
     metavar="R",
-    group=PLAN,
-    help="Search instead for the cheapest edit that leaves 1-R of the extracted images.",
 )
 @attack_options
-@option(
-    "--all-prefixes", is_flag=True, group=ATTACK, help="Use the model's whole ladder, not the longest prefix alone."
-)
+@option("--all-prefixes", ATTACK, "Use the model's whole ladder, not the longest prefix alone.", is_flag=True)
 @option(
     "--cost",
+    COMPARED,
+    "Metric whose rise is the loss of quality.  [default: kd-sscd, without SSCD a loss]",
     metavar="METRIC",
-    group=COMPARED,
-    help="Metric whose rise is the loss of quality.  [default: kd-sscd, without SSCD a loss]",
 )
 @sampling_options("4 of every class")
 @sscd_options
-@option("--out", metavar="FOLDER", group=WORK, help="Folder of the table.  [default: RUN/sweep]")
-@option("--resume", is_flag=True, group=WORK, help="Go on with the table that is there; it may have other rows.")
+@option("--out", WORK, "Folder of the table.  [default: RUN/sweep]", metavar="FOLDER")
+@option("--resume", WORK, "Go on with the table that is there; it may have other rows.", is_flag=True)
 @JSON
 @click.pass_context
 def command(

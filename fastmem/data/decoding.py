@@ -67,7 +67,7 @@ def decode(file: BinaryIO, name: str = "") -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(file, formats=FORMATS) as image:
-                check_pixels(*image.size, name)
+                check_pixels(image.width, image.height, name)
                 return image.convert("RGB")
     except DamagedImage:
         raise

@@ -69,9 +69,11 @@ def list_folder(folder: Path) -> tuple[dict[str, list[str]], list[Skipped]]:
             elif not entry.is_file():
                 reason = "not a regular file"
             else:
-                reason = _refusal(entry.name) or (None if owner is not None else _NO_CLASS_FOLDER)
-                if reason is None:
+                reason = _refusal(entry.name)
+                if reason is None and owner is not None:
                     found[owner].append(prefix + entry.name)
+                elif reason is None:
+                    reason = _NO_CLASS_FOLDER
             if reason is not None:
                 skipped.append(Skipped(full, reason))
     return found, sorted(skipped, key=lambda item: item.name)

@@ -88,7 +88,9 @@ def load_views(
     return load(ViewReader(source, manifest, recipe), batches, workers)
 
 
-def load(reader: ViewReader, batches: Iterable[np.ndarray | Sequence[int]], workers: int | None = None) -> Iterator:
+def load(
+    reader: ViewReader, batches: Iterable[np.ndarray | Sequence[int]], workers: int | None = None
+) -> Iterator[Any]:
     """Yield what ``reader.read`` returns for each of the given batches of manifest positions, in their order.
 
     A batch is integers [n]. ``workers`` is the number of worker processes; by default up to 4, as cores and shared
@@ -101,7 +103,7 @@ def load(reader: ViewReader, batches: Iterable[np.ndarray | Sequence[int]], work
     if workers is not None and workers < 0:
         raise UsageError(f"expected 0 or more worker processes, got {workers}; leave it out to have them chosen")
     source, manifest = reader.source, reader.manifest
-    batches = [_checked(batch, len(manifest)) for batch in batches]
+    checked = [_checked(batch, len(manifest)) for batch in batches]
     index = manifest.index
     inside = index.min(initial=0) >= 0 and index.max(initial=0) < len(source)
     if not inside or not np.array_equal(source.ids[index], manifest.ids):
@@ -110,8 +112,8 @@ def load(reader: ViewReader, batches: Iterable[np.ndarray | Sequence[int]], work
             "build it from this source or load it with this source"
         )
     if workers is None:
-        workers = _default_workers(batches, reader.recipe)
-    return _iterate(reader, batches, workers)
+        workers = _default_workers(checked, reader.recipe)
+    return _iterate(reader, checked, workers)
 
 
 class ViewReader(Dataset[Any]):

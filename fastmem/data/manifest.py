@@ -96,8 +96,9 @@ class Manifest:
         """Choose images of this and a held-out manifest so that both sets have equally many of each class and fold.
 
         Both sides keep as many images of a class as the smaller side has, chosen by a hash of ``seed`` and image id.
-        Both manifests must have been built with this ``seed``. Each held-out image gets the fold of a training image.
-        Return a mask, bool [N], of the images chosen from this manifest, and a manifest of the held-out images chosen.
+        Both manifests must have been built with this ``seed``. Each held-out image is paired with an image of this
+        manifest and gets its fold. Return a mask, bool [N], of the images chosen from this manifest, and a manifest of
+        the held-out images chosen.
 
         Raises:
             UsageError: the two manifests have no class in common.

@@ -36,7 +36,8 @@ _HASHED_BYTES = 2**20
 def image_ids(names: Iterable[str]) -> np.ndarray:
     """Return the stable ids of images from their names ``class/name``: int64 [N] in [0, 2**63)."""
     digests = b"".join(hashlib.blake2b(name.encode(), digest_size=8).digest() for name in names)
-    return (np.frombuffer(digests, dtype=">u8") & np.uint64(2**63 - 1)).astype(np.int64)
+    ids: np.ndarray = np.frombuffer(digests, dtype=">u8") & np.uint64(2**63 - 1)
+    return ids.astype(np.int64)
 
 
 class ImageSource(ABC):
@@ -170,7 +171,7 @@ class FolderSource(ImageSource):
             folder = root
         if not folder.is_dir():
             present = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
-            raise UsageError(no_split(split, root, present))
+            raise UsageError(no_split(split or "", root, present))
         self.folder = folder
         self.place, self.split = os.path.abspath(root), split
         found, skipped = list_folder(folder)

@@ -114,7 +114,7 @@ class SSCDJudge:
 
 
 def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Return the cosine of unit vectors along the last axis, float32 [...]; ``a`` and ``b``, [...,512], may broadcast."""
+    """Return the cosine of unit vectors ``a`` and ``b``, [...,512], along the last axis, float32 [...], in [-1,1]."""
     return np.einsum("...d,...d->...", a.astype(np.float64), b.astype(np.float64)).clip(-1, 1).astype(np.float32)
 
 

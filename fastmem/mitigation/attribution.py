@@ -3,8 +3,8 @@
     score(u) = -d/ds_u [loss(memorised) - loss(held-out)] at s = 1
 
 The factor s_u multiplies row u of an fc1 weight matrix. The loss is the mean cross entropy of the true tokens of the
-centre views under their own labels, teacher-forced. Its derivative by s_u is computed from fc1's output z = x W^T + b as
-the sum over positions of (z - b) dL/dz, so that no gradient of a weight matrix needs memory.
+centre views under their own labels, teacher-forced. Its derivative by s_u is computed from fc1's output z = x W^T + b
+as the sum over positions of (z - b) dL/dz, so that no gradient of a weight matrix needs memory.
 
 The activations of ``batch_size`` images are in memory at once.
 """

@@ -1,1 +1,1 @@
-"""What an edit costs in image quality: samples, features, distances to a reference, and teacher-forced losses."""
+"""Image quality of a model, edited or not: samples, their distance to real images, and losses of real images."""

@@ -1,4 +1,4 @@
-"""The evaluation of a model, edited or not: samples against a reference, and losses of real images."""
+"""Evaluate a model, edited or not: compare its samples with real images, and compute its loss on real images."""
 
 from __future__ import annotations
 
@@ -22,7 +22,14 @@ from fastmem.tokens.true_images import TrueImages
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was found: metrics by name, a sentence for each that could not be had, the samples, seconds by part."""
+    """The result of an evaluation.
+
+    Attributes:
+        metrics: values by name of the metric.
+        notes: a sentence for each metric that could not be computed or used fewer images.
+        samples: folder of the samples.
+        seconds: duration of each part of the work, by name.
+    """
 
     metrics: dict[str, float]
     notes: tuple[str, ...]
@@ -33,7 +40,10 @@ class Evaluation:
 def compare(
     extractors: Sequence[FeatureExtractor], samples: Sequence[Features], references: Sequence[Reference]
 ) -> Comparison:
-    """The metrics of all extractors, each with its samples' features and its reference."""
+    """Return the metrics of several feature extractors together.
+
+    ``samples`` holds the features of the samples and ``references`` the reference, one of each for every extractor.
+    """
     parts = [e.compare(s, r) for e, s, r in zip(extractors, samples, references, strict=True)]
     metrics = {name: value for part in parts for name, value in part.metrics.items()}
     return Comparison(metrics, tuple(note for part in parts for note in part.notes))
@@ -49,12 +59,19 @@ def measure(
     losses: Mapping[str, TrueImages] | None = None,
     groups: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, float]:
-    """Metrics of a model in memory, nothing written: the numbers that ``evaluate`` finds with the same settings.
+    """Return the metrics of a model without writing a file; they equal those of `evaluate` with the same settings.
 
-    count: samples, in the proportions of the reference's classes; losses: sets of real images whose loss is taken too;
-    groups: image ids by name.
+    Args:
+        model: the model, edited or not.
+        extractor: the network that computes features of pictures.
+        reference: real images to compare the samples with; samples have the same proportions of classes.
+        count: number of samples.
+        seed: seed of the samples.
+        batch_size: number of samples drawn at once, which changes the samples.
+        losses: sets of real images whose mean loss is computed, by name; None for none.
+        groups: groups of image ids, int64 [n], whose mean loss is computed, by name; None for none.
 
-    Raises: UsageError for a count or batch below 1, or classes that the model lacks.
+    Raises: UsageError where ``count`` or ``batch_size`` is below 1, or the reference has a class that the model lacks.
     """
     folder = SampleFolder(Path(), _labels(model, reference, count), batch_size)
     parts = []
@@ -79,13 +96,28 @@ def evaluate(
     resume: bool = False,
     reporter: Reporter = SILENT,
 ) -> Evaluation:
-    """Sample a model into ``folder``/NAME-HASH, take the features of all extractors, and compare them.
+    """Draw samples from a model, save them with their features, and compare them with real images.
 
-    identity: what tells the model's weights from others', JSON values; the hash is of it and the settings. references:
-    one for each extractor; samples are in the proportions of the first one's classes. Without extractors nothing is
-    sampled, and only losses are taken. Ctrl-C stops after a shard.
+    Without extractors nothing is sampled, and only losses are computed.
 
-    Raises: UsageError where samples are there and ``resume`` is off; see ``SampleFolder`` and ``sample_labels``.
+    Args:
+        model: the model, edited or not.
+        folder: where the samples are saved, in a folder of their own: its name is ``name``, a dash and a hash of
+            ``identity`` and the settings.
+        name: first part of that folder's name.
+        identity: values, as for JSON, that identify the model's weights.
+        settings: number, seed and batch size of the samples.
+        extractors: networks that compute features of pictures.
+        references: real images to compare the samples with, one reference for each extractor; samples have the same
+            proportions of classes as the first one.
+        losses: sets of real images whose mean loss is computed, by name; None for none.
+        groups: groups of image ids, int64 [n], whose mean loss is computed, by name; None for none.
+        resume: continue where the folder holds an unfinished set of samples.
+        reporter: is given the plan and the number of samples done.
+
+    Raises: UsageError where the folder holds unfinished samples and ``resume`` is off, it holds other samples, or the
+    reference has a class that the model lacks; InputFileError where a saved file is damaged; KeyboardInterrupt on
+    Ctrl-C, after the current shard was saved.
     """
     labels = _labels(model, references[0] if references else None, settings.samples)
     identity = _identity(model, identity, settings, labels)

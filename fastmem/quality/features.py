@@ -1,4 +1,4 @@
-"""What pictures become before sets of them are compared: feature vectors, and the seam that extractors share."""
+"""Feature vectors of pictures, and the interface of the networks that compute and compare them."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from fastmem.quality.kernel import kernel_distance
 from fastmem.tokens.true_images import spread
 
 SCHEMA = "fastmem.features/1"
-# what is over all pairs of images would take petaflops with more, and tell no more
+# with more images, metrics over all pairs of images would take very long and would hardly be more exact
 MOST_PAIRED = 50_000
 
 
 @dataclass(frozen=True, eq=False)
 class Features:
-    """Feature vectors of pictures, float32 [N,D], and where the network classifies, its logits, float32 [N,C]."""
+    """Feature vectors of pictures, float32 [N,D], and the logits, float32 [N,C], of a network that also classifies."""
 
     vectors: np.ndarray
     logits: np.ndarray | None = None
@@ -36,22 +36,22 @@ class Features:
 
     @classmethod
     def join(cls, parts: Sequence[Features]) -> Features:
-        """The features of at least one part, one after the other."""
+        """Return the features of all parts in order, with logits where every part has them; one part is needed."""
         logits = [part.logits for part in parts if part.logits is not None]
         vectors = np.concatenate([part.vectors for part in parts])
         return cls(vectors, np.concatenate(logits) if len(logits) == len(parts) else None)
 
     def save(self, path: Path, header: Mapping[str, str]) -> None:
-        """Write a safetensors file. Raises: UsageError where the place cannot be written."""
+        """Write the features and a header to a safetensors file. Raises: UsageError where it cannot be written."""
         named = {"vectors": self.vectors, "logits": self.logits}
         tensors = {name: torch.from_numpy(values) for name, values in named.items() if values is not None}
         write_tensors(path, tensors, SCHEMA, header)
 
     @classmethod
     def load(cls, path: Path, header: Mapping[str, str]) -> Features:
-        """Read what ``save`` wrote with the same header.
+        """Read features from a file that `save` wrote, and check that its header has the entries of ``header``.
 
-        Raises: InputFileError for a missing, damaged or foreign file; UsageError for another header.
+        Raises: InputFileError where the file is missing or damaged; UsageError where its header differs.
         """
         tensors, found = read_tensors(path, SCHEMA)
         for key, value in header.items():
@@ -66,11 +66,15 @@ class Features:
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """What samples are compared with.
+    """Real images that samples are compared with.
 
-    description: what it is, for people; content: SHA-256 of what makes it; features: of its pictures, None where a file
-    holds only ``gaussian``, their mean and covariance; class_counts: pictures by label, empty where it has none; train:
-    training images, which a model comes nearer to by copying them.
+    Attributes:
+        description: a few words for people.
+        content: SHA-256 of the images, or of the statistics.
+        features: features of the images; None where only their statistics are known.
+        gaussian: mean and covariance of the features, from a file; None where ``features`` is given.
+        class_counts: number of images by label; empty where only statistics are known.
+        train: whether these are training images; a model that copies those gets better metrics.
     """
 
     description: str
@@ -83,19 +87,19 @@ class Reference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Metrics by name, and a sentence for each that could not be had."""
+    """Metrics by name, and a sentence for each metric that could not be computed or used fewer images."""
 
     metrics: Mapping[str, float]
     notes: tuple[str, ...] = ()
 
 
 class FeatureExtractor(Protocol):
-    """Turns pictures into features and knows how sets of them are compared.
+    """A network that computes features of pictures, and the metrics that compare two sets of such features.
 
     Attributes:
-        name: network and size in one word; features of different names are never compared.
+        name: name of the network; features of networks with different names must not be compared.
         digest: SHA-256 of the weights, in hexadecimal.
-        dimensions: D.
+        dimensions: length D of a feature vector.
     """
 
     name: str
@@ -103,19 +107,19 @@ class FeatureExtractor(Protocol):
     dimensions: int
 
     def __call__(self, pixels: np.ndarray) -> Features:
-        """Features of RGB pictures, uint8 [N,S,S,3] in [0,255]."""
+        """Return the features of RGB pictures, uint8 [N,S,S,3] in [0,255]."""
 
     def compare(self, samples: Features, reference: Reference) -> Comparison:
-        """Metrics of samples against a reference; what there is too little for is left out and named."""
+        """Return the metrics of samples against a reference, and a note for each metric that needs more images."""
 
 
 def to_bytes(images: Tensor) -> np.ndarray:
-    """Images float [N,3,S,S] in [0,1] as the bytes that a PNG file would hold, uint8 [N,S,S,3]."""
+    """Return images, float [N,3,S,S] in [0,1], as the bytes that PNG files would hold, uint8 [N,S,S,3]."""
     return (images.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
 class SSCDFeatures:
-    """SSCD embeddings: ``kd-sscd``, an unbiased kernel distance that needs few images and no Inception weights."""
+    """SSCD embeddings as features; their metric is ``kd-sscd``, an unbiased kernel distance that needs few images."""
 
     dimensions = DIMENSIONS
 
@@ -123,22 +127,29 @@ class SSCDFeatures:
         self.name, self.digest, self._embedder = embedder.name, embedder.digest, embedder
 
     def __call__(self, pixels: np.ndarray) -> Features:
-        """Embeddings of RGB pictures, uint8 [N,S,S,3] -> float32 [N,512] of length 1."""
+        """Return the embeddings, float32 [N,512] of length 1, of RGB pictures, uint8 [N,S,S,3]."""
         return Features(embed(self._embedder, [Image.fromarray(picture) for picture in pixels]))
 
     def compare(self, samples: Features, reference: Reference) -> Comparison:
-        """kd-sscd with its 95 % interval: the kernel is (cosine + 1)^3.
+        """Return kd-sscd, the kernel distance of samples and reference, with its 95 % interval.
 
-        Coordinates of unit vectors are 1/D in the mean square. Taken as they are, KID's kernel would be all but linear
-        and compare little more than means: it sees repeated images much later.
+        The kernel is (cosine + 1)^3.
         """
+        # scaled so that x.y / D in KID's kernel is the cosine: for unit vectors it would be near 0, where the kernel is
+        # almost linear, compares little more than means and hardly notices repeated images
         return compare_by_kernel("kd-sscd", samples, reference, self.dimensions**0.5)
 
 
 def compare_by_kernel(name: str, samples: Features, reference: Reference, scale: float = 1.0) -> Comparison:
-    """The kernel distance of scaled vectors under ``name`` with the ends of its 95 % interval.
+    """Return the kernel distance of samples and reference, and the ends of its 95 % interval as NAME-low and NAME-high.
 
-    Of a side with more than ``MOST_PAIRED`` images as many are taken, evenly spread, and said so.
+    At most ``MOST_PAIRED`` images of each side are used, and a note says so where there are more.
+
+    Args:
+        name: name of the metric.
+        samples: features of the samples.
+        reference: the images to compare them with.
+        scale: factor that all feature vectors are multiplied by.
     """
     if reference.features is None:
         return Comparison({}, (f"no {name}: {reference.description} holds no features of single images",))
@@ -151,7 +162,10 @@ def compare_by_kernel(name: str, samples: Features, reference: Reference, scale:
 
 
 def thinned(name: str, samples: Features, reference: Features) -> tuple[tuple[np.ndarray, np.ndarray], tuple[str, ...]]:
-    """Vectors of at most ``MOST_PAIRED`` images of each side, evenly spread, and a sentence for each that had more."""
+    """Return the vectors of at most ``MOST_PAIRED`` images of each side, evenly spread, and notes where there are more.
+
+    ``samples`` and ``reference`` are the features of the two sides, and ``name`` is the metric that notes are about.
+    """
     sides = {"samples": samples, "reference": reference}
     notes = tuple(
         f"{name} over {MOST_PAIRED:,} of {len(side):,} images of the {what}, evenly spread"

@@ -1,4 +1,4 @@
-"""Frechet distance between Gaussians in float64, their streaming moments, and reference statistics from a file."""
+"""Frechet distance between feature vectors in float64: mean and covariance, computed in batches or read from a file."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from fastmem.errors import InputFileError, UsageError
 
 @dataclass(frozen=True, eq=False)
 class Gaussian:
-    """Mean and covariance of feature vectors.
+    """Mean ``mu``, float64 [D], and covariance ``sigma``, float64 [D,D], of ``count`` feature vectors.
 
-    mu: float64 [D]; sigma: float64 [D,D], with n-1 in the denominator; count: vectors they come from, None where a
-    file does not tell.
+    The covariance has n - 1 in the denominator. ``count`` is None where it is not known.
     """
 
     mu: np.ndarray
@@ -26,9 +25,12 @@ class Gaussian:
 
 @dataclass(frozen=True, eq=False)
 class FeatureMoments:
-    """Streaming mean and scatter of feature vectors: equal to 1e-10 for any batches, shards and order.
+    """Running mean and scatter of feature vectors, which do not depend on batches or order, up to about 1e-10.
 
-    count: vectors so far; mean: float64 [D]; scatter: float64 [D,D], the sum of outer products of what is centred.
+    Attributes:
+        count: number of vectors so far.
+        mean: float64 [D].
+        scatter: float64 [D,D], sum of the outer products of the centred vectors with themselves.
     """
 
     count: int
@@ -37,11 +39,11 @@ class FeatureMoments:
 
     @classmethod
     def zero(cls, dimensions: int) -> FeatureMoments:
-        """Moments of no vectors."""
+        """Return the moments of an empty set of vectors of length ``dimensions``."""
         return cls(0, np.zeros(dimensions), np.zeros((dimensions, dimensions)))
 
     def update(self, vectors: np.ndarray) -> FeatureMoments:
-        """These moments with a batch of vectors, float [n,D], added."""
+        """Return these moments with a batch of vectors, float [n,D], added."""
         if not len(vectors):
             return self
         wide = vectors.astype(np.float64)
@@ -50,7 +52,11 @@ class FeatureMoments:
         return self.merge(FeatureMoments(len(wide), mean, centred.T @ centred))
 
     def merge(self, other: FeatureMoments) -> FeatureMoments:
-        """Moments of both sets of vectors. Source: Chan, Golub and LeVeque, Updating formulae (1979)."""
+        """Return the moments of both sets of vectors together.
+
+        Source: Chan, Golub and LeVeque, Updating formulae and a pairwise algorithm for computing sample variances
+        (1979).
+        """
         count = self.count + other.count
         if not count:
             return self
@@ -59,9 +65,9 @@ class FeatureMoments:
         return FeatureMoments(count, self.mean + step * (other.count / count), self.scatter + other.scatter + shift)
 
     def finish(self) -> Gaussian:
-        """Mean and covariance.
+        """Return mean and covariance.
 
-        Raises: UsageError for fewer vectors than dimensions + 1, whose covariance is singular.
+        Raises: UsageError where there are fewer than D + 1 vectors, because their covariance would be singular.
         """
         dimensions = len(self.mean)
         if self.count <= dimensions:
@@ -73,10 +79,10 @@ class FeatureMoments:
 
 
 def frechet_distance(first: Gaussian, second: Gaussian) -> float:
-    """Squared Frechet distance |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) in float64.
+    """Return the squared Frechet distance |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of two Gaussians, in float64.
 
-    The trace of the root is the sum of singular values of S1^(1/2) S2^(1/2): real and never negative, also where the
-    covariances are near-singular and a matrix square root of S1 S2 is neither.
+    The trace of (S1 S2)^(1/2) is computed as the sum of the singular values of S1^(1/2) S2^(1/2), so it is always real
+    and never negative. A matrix square root of S1 S2 need not be, where the covariances are nearly singular.
 
     Raises: UsageError for Gaussians of different dimensions.
 
@@ -99,10 +105,10 @@ def _root(sigma: np.ndarray) -> np.ndarray:
 
 
 def read_statistics(path: Path, dimensions: int) -> Gaussian:
-    """Reference statistics of a .npz file with arrays ``mu`` [D] and ``sigma`` [D,D]; other arrays are not looked at.
+    """Read reference statistics from a .npz file: its arrays ``mu`` [D] and ``sigma`` [D,D], where D is ``dimensions``.
 
-    Raises: InputFileError where the file is missing, damaged, lacks them, or holds others than ``dimensions`` finite
-    ones.
+    Raises: InputFileError where the file is missing or damaged, or lacks an array, or where an array has another shape
+    or a value that is not finite.
 
     Source: openai/guided-diffusion evaluations/evaluator.py.
     """
@@ -111,7 +117,7 @@ def read_statistics(path: Path, dimensions: int) -> Gaussian:
     try:
         with np.load(path, allow_pickle=False) as file:
             mu, sigma = (np.asarray(file[name], dtype=np.float64) for name in ("mu", "sigma"))
-    # an .npy file is no archive, which shows only where it is used as one
+    # numpy also loads a .npy file, which raises an error only when it is used as an archive
     except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
         raise InputFileError(
             f"expected a .npz file with arrays mu and sigma in {path}, got one that cannot be used "

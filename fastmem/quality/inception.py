@@ -1,4 +1,4 @@
-"""The Inception network of the published FID, as torch-fidelity ported it from TensorFlow, with weights from a file."""
+"""FID and related metrics, with torch-fidelity's port of the original Inception network and its weights from a file."""
 
 from __future__ import annotations
 
@@ -18,23 +18,28 @@ from fastmem.quality.kernel import SUBSET_SIZE, kernel_subsets
 
 OFFICIAL_FILE = "weights-inception-2015-12-05-6726825d.pth"
 OFFICIAL_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{OFFICIAL_FILE}"
-# the file's SHA-256 starts with it
+# first digits of the SHA-256 of the official file
 OFFICIAL_DIGEST = "6726825d"
+# names of the network and of its outputs in torch-fidelity
 NAME = "inception-v3-compat"
 VECTORS, LOGITS = "2048", "logits_unbiased"
 CPU_BATCH, GPU_BATCH = 16, 128
+# parts of the samples over which the inception score is averaged
 SCORE_SPLITS = 10
+# neighbours whose distance sets the radius of an image in precision and recall
 NEIGHBOURS = 3
-# distances that are held at once are this many times the images
+# images whose distances to all other images are in memory at once
 DISTANCE_ROWS = 2000
 
 
 def find_inception(path: str | Path | None = None, device: str = "auto") -> tuple[InceptionFeatures | None, str]:
-    """The Inception network of this machine, or None, with a sentence that says which or why there is none.
+    """Return the Inception network, or None without weights, and a sentence on where these are or how to get them.
 
-    path: its weights; by default those in FASTMEM_HOME.
+    ``path`` is the file of the weights; None looks for the official file in FASTMEM_HOME. ``device`` is where the
+    network runs.
 
-    Raises: InputFileError where a named file is missing or damaged; UsageError where it is another network's.
+    Raises: InputFileError where the file is missing or damaged; UsageError where its weights are of another network, or
+    there is no such device.
     """
     file, reason = (Path(path), "") if path is not None else locate_inception()
     if file is None:
@@ -44,7 +49,7 @@ def find_inception(path: str | Path | None = None, device: str = "auto") -> tupl
 
 
 def locate_inception() -> tuple[Path | None, str]:
-    """The official weights in FASTMEM_HOME, or None, with a sentence that says what to do without them."""
+    """Return the file of the official weights, or None where FASTMEM_HOME lacks it, and a sentence on how to get it."""
     official = home() / "weights" / OFFICIAL_FILE
     if official.is_file():
         return official, f"Inception weights from {official}"
@@ -55,9 +60,9 @@ def locate_inception() -> tuple[Path | None, str]:
 
 
 def fetch_inception(url: str = OFFICIAL_URL) -> Path:
-    """Download the official weights into FASTMEM_HOME where they are missing.
+    """Return the file of the official weights in FASTMEM_HOME; download it from ``url`` where it is missing.
 
-    Raises: InputFileError where they cannot be had, or are not those.
+    Raises: InputFileError where the download fails, or gives another file.
     """
     official = home() / "weights" / OFFICIAL_FILE
     if official.is_file():
@@ -65,7 +70,7 @@ def fetch_inception(url: str = OFFICIAL_URL) -> Path:
     try:
         official.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(official), OFFICIAL_DIGEST, progress=False)
-    # urllib's errors are OSErrors, and a wrong hash is a RuntimeError
+    # a failed download raises an OSError, and a file with another hash a RuntimeError
     except (OSError, RuntimeError) as error:
         raise InputFileError(
             f"expected to download {OFFICIAL_FILE} from {url}, got no such file ({' '.join(str(error).split())[:120]}):"
@@ -75,9 +80,11 @@ def fetch_inception(url: str = OFFICIAL_URL) -> Path:
 
 
 class InceptionFeatures:
-    """The 2048 pooled features and the logits of TensorFlow's Inception network of 2015, float32, without TF32.
+    """TensorFlow's Inception network of 2015 as a feature extractor: 2048 pooled features and 1008 logits, in float32.
 
-    Raises: InputFileError where the file is missing or damaged; UsageError where it is another network's.
+    ``path`` is the file of its weights, and ``device`` is where it runs.
+
+    Raises: InputFileError where the file is missing or damaged; UsageError where its weights are of another network.
 
     Source: toshas/torch-fidelity feature_extractor_inceptionv3.py.
     """
@@ -85,13 +92,13 @@ class InceptionFeatures:
     dimensions = 2048
 
     def __init__(self, path: Path, device: torch.device) -> None:
-        # torch-fidelity would unpickle whatever the file holds; what it gets instead has been read as plain tensors
+        # torch-fidelity would unpickle any object in the file, which is unsafe: it is given the plain tensors instead
         state = read_state(path)
         self.digest = hashlib.sha256(path.read_bytes()).hexdigest()
         self.name = NAME if self.digest.startswith(OFFICIAL_DIGEST) else f"{NAME}-{self.digest[:8]}"
         self._device = device
         self._batch = GPU_BATCH if device.type == "cuda" else CPU_BATCH
-        # heavy, and only needed here
+        # imported here, because it is slow to import and rarely needed
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
         plain = BytesIO()
@@ -107,7 +114,7 @@ class InceptionFeatures:
 
     @torch.inference_mode()
     def __call__(self, pixels: np.ndarray) -> Features:
-        """Features of RGB pictures, uint8 [N,S,S,3] -> float32 [N,2048] and logits [N,1008]."""
+        """Return the features, float32 [N,2048], and logits, float32 [N,1008], of RGB pictures, uint8 [N,S,S,3]."""
         vectors, logits = [np.empty((0, self.dimensions), np.float32)], [np.empty((0, 1008), np.float32)]
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             for part in torch.from_numpy(pixels).permute(0, 3, 1, 2).split(self._batch):
@@ -117,7 +124,10 @@ class InceptionFeatures:
         return Features(np.concatenate(vectors), np.concatenate(logits))
 
     def compare(self, samples: Features, reference: Reference) -> Comparison:
-        """fid, kid with its interval and by subsets, is, precision and recall: those there are images enough for."""
+        """Return FID, KID (with its interval and over subsets), inception score, precision and recall of samples.
+
+        A metric that needs more images, or features of single images, is left out, and a note says so.
+        """
         parts = [
             _frechet(samples, reference),
             compare_by_kernel("kid", samples, reference),
@@ -131,7 +141,7 @@ class InceptionFeatures:
 
 def _gaussian(features: Features) -> Gaussian:
     moments = FeatureMoments.zero(features.vectors.shape[1])
-    # a part at a time, because it is widened to float64
+    # in parts, because the copy in float64 takes twice the memory
     for start in range(0, len(features), DISTANCE_ROWS):
         moments = moments.update(features.vectors[start : start + DISTANCE_ROWS])
     return moments.finish()

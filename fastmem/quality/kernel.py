@@ -1,8 +1,8 @@
 """Unbiased kernel distance (squared maximum mean discrepancy) between two sets of feature vectors.
 
-The kernel is KID's, k(x, y) = (x.y / D + 1)^3. With Inception features the distance is KID; with SSCD's, scaled from
-unit length to unit mean square, it is called ``kd-sscd``. Neither is ever called FID. Unlike a Frechet distance it is
-unbiased for any number of images.
+The kernel is that of KID, k(x, y) = (x.y / D + 1)^3. With Inception features the distance is KID. With SSCD embeddings,
+scaled from length 1 to length sqrt(D), it is called ``kd-sscd``. Unlike a Frechet distance, it is unbiased for any
+number of images.
 """
 
 from __future__ import annotations
@@ -14,19 +14,29 @@ from scipy import stats
 
 from fastmem.errors import UsageError
 
+# vectors of each side whose kernel is computed at once
 BLOCK = 2048
+# groups of the jackknife
 GROUPS = 40
-# with one of them left out there must still be a pair
+# with one vector left out, there must still be a pair
 LEAST = 3
+# level of the interval
 CONFIDENCE = 0.95
+# torch-fidelity's numbers, so that results are the same as there
 SUBSETS, SUBSET_SIZE = 100, 1000
-# torch-fidelity's default, which determines the subsets
 SUBSET_SEED = 2020
 
 
 @dataclass(frozen=True)
 class KernelDistance:
-    """An unbiased distance, which may be below 0 for sets alike, with its standard error and 95 % interval."""
+    """An unbiased distance, which can be negative for similar sets, with its uncertainty.
+
+    Attributes:
+        value: the distance.
+        error: its standard error.
+        low: lower end of its 95 % interval.
+        high: upper end of its 95 % interval.
+    """
 
     value: float
     error: float
@@ -35,19 +45,22 @@ class KernelDistance:
 
 
 def kernel(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """k(x, y) of every pair: float64 [n,D] and [m,D] -> float64 [n,m]. Source: arXiv 1801.01401, section 4."""
+    """Return the kernel k(x, y), float64 [n,m], of every pair of vectors from ``first``, [n,D], and ``second``, [m,D].
+
+    Source: arXiv 1801.01401, section 4.
+    """
     product = first @ second.T / first.shape[1] + 1
     return product * product * product
 
 
 def kernel_distance(first: np.ndarray, second: np.ndarray, seed: int = 0) -> KernelDistance:
-    """Distance of two sets of vectors, float [n,D] and [m,D], over all pairs, in bounded memory.
+    """Return the kernel distance of two sets of vectors, float [n,D] and [m,D], over all pairs, in bounded memory.
 
-    The interval is a grouped jackknife's: both sets are dealt by ``seed`` into 40 groups, and each group is left out
-    once. That needs no more than the sums of the kernel over pairs of groups, holds where the sets are alike and the
-    first-order variance vanishes, and counts no image twice as a bootstrap would.
+    The interval comes from a grouped jackknife: ``seed`` splits both sets into 40 groups at random, and the distance is
+    computed again without each group. The jackknife needs only the sums of the kernel over pairs of groups. It also
+    holds for two sets of the same distribution, and unlike a bootstrap it never uses an image twice.
 
-    Raises: UsageError for sets of fewer than 3 vectors or of different dimensions.
+    Raises: UsageError where a set has fewer than 3 vectors, or the sets have different dimensions.
     """
     _check(first, second, least=LEAST)
     groups = min(GROUPS, len(first), len(second))
@@ -65,9 +78,16 @@ def kernel_distance(first: np.ndarray, second: np.ndarray, seed: int = 0) -> Ker
 def kernel_subsets(
     first: np.ndarray, second: np.ndarray, subsets: int = SUBSETS, size: int = SUBSET_SIZE, seed: int = SUBSET_SEED
 ) -> tuple[float, float]:
-    """Mean and standard deviation of the distance over random subsets, as torch-fidelity reports KID.
+    """Return mean and standard deviation of the kernel distance over random subsets, as torch-fidelity reports KID.
 
-    Raises: UsageError for sets smaller than a subset or of different dimensions.
+    Args:
+        first: float [n,D], vectors of one set.
+        second: float [m,D], vectors of the other set.
+        subsets: number of pairs of subsets.
+        size: number of vectors in a subset.
+        seed: seed of the random subsets.
+
+    Raises: UsageError where a set is smaller than a subset, or the sets have different dimensions.
 
     Source: toshas/torch-fidelity metric_kid.py.
     """
@@ -75,7 +95,7 @@ def kernel_subsets(
     random = np.random.RandomState(seed)
     found = []
     for _ in range(subsets):
-        # torch-fidelity's draws, in its order
+        # the same random draws as in torch-fidelity, in the same order
         parts = [side[random.choice(len(side), size, replace=False)].astype(np.float64) for side in (first, second)]
         own = [_without_diagonal(part) for part in parts]
         found.append(_distance(own, kernel(*parts).sum(), [size, size]))
@@ -105,14 +125,14 @@ def _without_diagonal(vectors: np.ndarray) -> float:
 
 
 def _deal(vectors: np.ndarray, groups: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Vectors in random order, so that a group is a slice of the order's remainders, and the group of each."""
+    """Return the vectors in random order and their groups, which are ascending and equal in size to within one."""
     order = np.random.default_rng(seed).permutation(len(vectors))
     group = np.sort(np.arange(len(vectors)) % groups)
     return vectors[order], group
 
 
 def _within(vectors: np.ndarray, group: np.ndarray, groups: int) -> np.ndarray:
-    """Sums of the kernel over ordered pairs of different vectors, by pair of groups: float64 [groups,groups]."""
+    """Return the sums of the kernel over ordered pairs of different vectors, by pair of groups, [groups,groups]."""
     found = _between(vectors, group, vectors, group, groups)
     squares = (np.einsum("nd,nd->n", vectors, vectors) / vectors.shape[1] + 1) ** 3
     found[np.diag_indices(groups)] -= np.bincount(group, weights=squares, minlength=groups)
@@ -122,7 +142,7 @@ def _within(vectors: np.ndarray, group: np.ndarray, groups: int) -> np.ndarray:
 def _between(
     first: np.ndarray, first_group: np.ndarray, second: np.ndarray, second_group: np.ndarray, groups: int
 ) -> np.ndarray:
-    """Sums of the kernel by pair of groups, float64 [groups,groups], a block of pairs at a time."""
+    """Return the sums of the kernel over pairs of vectors, by pair of groups, float64 [groups,groups]."""
     found = np.zeros((groups, groups))
     for i in range(0, len(first), BLOCK):
         for j in range(0, len(second), BLOCK):
@@ -133,11 +153,12 @@ def _between(
 
 
 def _members(group: np.ndarray, groups: int) -> np.ndarray:
-    """Which vector belongs to which group, float64 [groups,n]."""
+    """Return 1 where a vector belongs to a group and 0 elsewhere, float64 [groups,n]."""
     return (group[None] == np.arange(groups)[:, None]).astype(np.float64)
 
 
 def _without(g: int, own: list[np.ndarray], cross: np.ndarray, sizes: list[np.ndarray]) -> float:
+    """Return the distance without the vectors of group ``g``, from the sums of the kernel over pairs of groups."""
     left = [s.sum() - s[g].sum() - s[:, g].sum() + s[g, g] for s in own]
     mixed = cross.sum() - cross[g].sum() - cross[:, g].sum() + cross[g, g]
     return _distance(left, mixed, [s.sum() - s[g] for s in sizes])

@@ -1,7 +1,7 @@
-"""How well a model predicts real images: mean teacher-forced loss of sets of them, and of groups within a set.
+"""How well a model predicts real images: the mean teacher-forced loss of sets and groups of images.
 
-A loss also falls when a model merely grows less sure of itself. The loss of unseen images is therefore taken at the
-temperature that suits them best, too, which an edit cannot improve by confidence alone.
+An edit can lower the loss of unseen images merely by making the model less confident. The loss of unseen images is
+therefore also computed at the temperature of the softmax that gives the lowest loss, which confidence does not change.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ from fastmem.reporter import SILENT, Reporter, Work
 from fastmem.tokens.cache import TokenCache
 from fastmem.tokens.true_images import MOST_IMAGES, TrueImages, read_true_images, spread
 
+# images whose losses are computed at once
 BATCH = 64
+# name of the set whose loss is also computed at its best temperature, and of that metric
 HELDOUT = "heldout"
 TEMPERED = f"loss_{HELDOUT}_tempered"
-# steps of 9 %, 1 among them
+# from 1/4 to 8 in steps of 9 %, with exactly 1 among them
 TEMPERATURES = tuple(2 ** (step / 8) for step in range(-16, 25))
 
 
@@ -37,18 +39,19 @@ def read_loss_images(
     workers: int | None = None,
     reporter: Reporter = SILENT,
 ) -> TrueImages:
-    """The images of a set whose loss is taken, evenly over its classes, as tokens of their centre views.
+    """Return the tokens of the centre views of a set's images, or of a part of them that is even over the classes.
 
     Args:
-        model: whose tokenizer encodes.
+        model: the model whose tokenizer encodes the images.
         source: the images that the manifest was built from.
         manifest: the order of the images.
-        most: how many images at the most.
-        cache: where tokens are looked up, and kept where all images are read.
-        workers: processes that decode images, as in ``load_views``.
-        reporter: is told how many images will be read, and of those that were.
+        most: greatest number of images to read.
+        cache: where tokens are looked up; None for no cache. New tokens are saved only when all images are read.
+        workers: number of processes that decode images; None chooses by cores and number of images.
+        reporter: is given the number of images to read, and the number of images read.
 
-    Raises: InputFileError where not one image can be read; else as ``load_views``.
+    Raises: InputFileError where no image can be read; UsageError where the manifest is of another source or ``workers``
+    is negative; FastmemError where a worker process died.
     """
     positions = None if len(manifest) <= most else spread(len(manifest), most)
     asked = min(most, len(manifest))
@@ -59,7 +62,7 @@ def read_loss_images(
 
 
 def image_losses(model: Model, images: TrueImages) -> np.ndarray:
-    """Loss of every image under its class, nats per token: float64 [N]."""
+    """Return the loss of every image under its own class, float64 [N], in nats per token."""
     parts = [
         model.outcomes(tokens, labels).loss.double().mean(1).cpu()
         for tokens, labels in zip(images.tokens.split(BATCH), images.labels.split(BATCH), strict=True)
@@ -69,7 +72,9 @@ def image_losses(model: Model, images: TrueImages) -> np.ndarray:
 
 @torch.inference_mode()
 def tempered_losses(model: Model, images: TrueImages) -> np.ndarray:
-    """``image_losses`` with the logits divided by each of ``TEMPERATURES``: float64 [len(TEMPERATURES),N].
+    """Return the loss of every image at each of ``TEMPERATURES``, float64 [len(TEMPERATURES),N], in nats per token.
+
+    The logits are divided by the temperature.
 
     Source: temperature scaling, Guo et al. 2017 (arXiv 1706.04599).
     """
@@ -86,10 +91,11 @@ def tempered_losses(model: Model, images: TrueImages) -> np.ndarray:
 def mean_losses(
     model: Model, sets: Mapping[str, TrueImages], groups: Mapping[str, np.ndarray] | None = None
 ) -> dict[str, float]:
-    """``loss_SET`` of every set, and ``loss_GROUP`` of every group of image ids that has an image in one of them.
+    """Return the mean loss of sets of images as ``loss_SET``, and of groups of images as ``loss_GROUP``.
 
-    Of a set "heldout" also ``loss_heldout_tempered``, the lowest that one temperature for all its images gives, and
-    ``temperature_heldout``, that temperature. Means over images, nats per token. groups: ids int64 [n] by name.
+    Losses are means over images, in nats per token. For the set "heldout" there are also ``temperature_heldout``, the
+    temperature at which its mean loss is lowest, and ``loss_heldout_tempered``, that lowest loss. ``sets`` are images
+    by name, and ``groups`` are image ids, int64 [n], by name; a group without an image in any set is left out.
     """
     losses, tempered = {}, {}
     for name, images in sets.items():

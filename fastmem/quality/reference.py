@@ -1,4 +1,4 @@
-"""What samples are compared with: a set of real images, their features kept by content, or statistics from a file."""
+"""References that samples are compared with: features of real images, saved in a cache, or statistics from a file."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ from fastmem.quality.frechet import read_statistics
 from fastmem.reporter import SILENT, Reporter, Work
 from fastmem.tokens.true_images import spread
 
+# images whose features are computed at once
 BATCH = 64
+# images whose features are saved together while a pass is not finished
 PART = 64 * BATCH
-# pictures whose pixels tell whether a set is still the same; names and labels of all do so, too
+# images whose pixels are hashed, together with the names and labels of all images, to notice when a set has changed
 SEEN_PIXELS = 64
 
 
@@ -36,23 +38,24 @@ def read_reference(
     workers: int | None = None,
     reporter: Reporter = SILENT,
 ) -> Reference:
-    """Features of a set of real images, cut by ``recipe`` of one view; out of the folder ``cache`` where it has them.
+    """Return the features of a set of real images, computed now or read from a cache.
 
-    Images that cannot be read are left out. With a cache, features are kept in parts of ``PART`` images while they are
-    taken, so that a pass that was killed goes on.
+    Images that cannot be read are left out. With a cache, features are saved in parts while they are computed, so that
+    an interrupted pass can be resumed.
 
     Args:
         source: the images that the manifest was built from.
         manifest: the order of the images.
-        recipe: how a picture is cut to one view.
-        extractor: the network that makes features.
-        description: what the images are, for people.
-        cache: folder of features; None keeps none.
+        recipe: how one view is cut from each image.
+        extractor: the network that computes features.
+        description: a few words on the images, for people.
+        cache: folder where features are saved; None saves nothing.
         train: whether the model was trained on these images.
-        workers: processes that decode images, as in ``load_views``.
-        reporter: is told how many images there are, and of those that are done.
+        workers: number of processes that decode images; None chooses by cores and number of images.
+        reporter: is given the number of images, and the number of images done.
 
-    Raises: InputFileError where not one image can be read, or a kept file is damaged; else as ``load_views``.
+    Raises: InputFileError where no image can be read or a saved file is damaged; UsageError where the manifest is of
+    another source or ``workers`` is negative; FastmemError where a worker process died.
     """
     reporter.planned(Work(len(manifest)))
     content = _content(source, manifest, recipe)
@@ -75,14 +78,17 @@ def read_reference(
 
 
 def file_reference(path: Path, extractor: FeatureExtractor) -> Reference:
-    """Mean and covariance out of a .npz file. Raises: as ``read_statistics``."""
+    """Return a reference from a .npz file that holds mean and covariance of the features of ``extractor``.
+
+    Raises: InputFileError where the file is missing or damaged, or its arrays have another shape.
+    """
     gaussian = read_statistics(path, extractor.dimensions)
     content = hashlib.sha256(gaussian.mu.tobytes() + gaussian.sigma.tobytes()).hexdigest()
     return Reference(f"statistics {path}", content, gaussian=gaussian)
 
 
 def _content(source: ImageSource, manifest: Manifest, recipe: Views) -> str:
-    """SHA-256 of names, labels, recipe, and pixels of some images."""
+    """Return the SHA-256 of the names and labels of all images, of the recipe, and of the pixels of some images."""
     digest = hashlib.sha256(f"{manifest.hash} {recipe.name}".encode())
     (batch,) = load_views(source, manifest, [spread(len(manifest), SEEN_PIXELS)], recipe, workers=0)
     digest.update(batch.positions.tobytes())
@@ -100,7 +106,7 @@ def _extract(
     file: Path | None,
     header: Mapping[str, str],
 ) -> Features:
-    """Features of all images, written to ``file``, beside which they are kept in parts until then."""
+    """Return the features of all images and write them to ``file``; unfinished work is saved in parts beside it."""
     folder = None if file is None else file.with_suffix(".parts")
     parts = []
     for number, positions in enumerate(np.array_split(np.arange(len(manifest)), -(-len(manifest) // PART))):
@@ -133,7 +139,7 @@ def _extract_part(
     parts = []
     for asked, batch in zip(batches, load_views(source, manifest, batches, recipe, workers), strict=True):
         if len(batch.positions):
-            # logits make the inception score, which is of samples alone
+            # logits are dropped, because they are needed only for the inception score of samples
             parts.append(Features(extractor(batch.views[:, 0].numpy()).vectors))
         reporter.advance(len(asked))
     return Features.join(parts) if parts else Features(np.empty((0, extractor.dimensions), np.float32))

@@ -1,4 +1,7 @@
-"""Samples in shards that are functions of weights, seed and number, so that a killed run goes on anywhere."""
+"""Samples of a model, drawn and saved in shards, so that an interrupted run resumes with the shards that are missing.
+
+A shard depends only on the weights, the labels, the seed and the number of the shard.
+"""
 
 from __future__ import annotations
 
@@ -19,20 +22,21 @@ from fastmem.models.model import Model
 from fastmem.quality.features import FeatureExtractor, Features
 
 SHARD_SCHEMA, FOLDER_SCHEMA = "fastmem.samples/1", "fastmem.sample-folder/1"
+# samples in a shard by default
 BATCH = 64
 
 
 def even_classes(model: Model) -> dict[int, int]:
-    """Equal weights for all classes of a model."""
+    """Return class counts that give every class of a model the same number of samples."""
     return dict.fromkeys(range(model.num_classes), 1)
 
 
 def sample_labels(class_counts: Mapping[int, int], count: int) -> np.ndarray:
-    """Labels of samples in the proportions of ``class_counts``, int64 [count].
+    """Return the labels of ``count`` samples, int64 [count], in the proportions of ``class_counts``, images by label.
 
-    Every start of the sequence keeps the proportions to about one sample of a class; equal counts go round in turn.
+    The first k labels, for any k, have about the same proportions. With equal counts the classes take turns.
 
-    Raises: UsageError for a count below 1, or without classes.
+    Raises: UsageError where ``count`` is below 1, or there are no classes or a class without images.
     """
     if count < 1 or not class_counts or min(class_counts.values()) < 1:
         raise UsageError(
@@ -51,10 +55,17 @@ def sample_labels(class_counts: Mapping[int, int], count: int) -> np.ndarray:
 
 
 def sample_shard(model: Model, labels: np.ndarray, seed: int, number: int) -> Tensor:
-    """Sample images by the model's preset in one batch: labels int64 [n] -> tokens int64 [n,T] on the CPU.
+    """Draw the samples of one shard with the model's preset, and return their tokens, int64 [n,T], on the CPU.
 
-    A function of the weights, the labels, ``seed`` and the shard's ``number`` alone. Raises: UsageError for labels that
-    the model lacks.
+    The samples depend only on the model's weights, the labels, the seed and the number of the shard.
+
+    Args:
+        model: the model, edited or not.
+        labels: classes of the samples, int64 [n].
+        seed: seed of all samples.
+        number: number of the shard.
+
+    Raises: UsageError where the model lacks a class.
     """
     digest = hashlib.blake2b(f"{seed} {number}".encode(), digest_size=8).digest()
     generator = torch.Generator(model.device).manual_seed(int.from_bytes(digest, "big") >> 1)
@@ -64,9 +75,14 @@ def sample_shard(model: Model, labels: np.ndarray, seed: int, number: int) -> Te
 
 @dataclass(frozen=True, eq=False)
 class SampleFolder:
-    """A folder of shards: tokens, and features beside them for each extractor; every file is whole or not there.
+    """A folder of samples in shards: a file of tokens for each shard, and a file of features for each extractor.
 
-    labels: int64 [N] of all samples; batch: samples of a shard, of which the last one may have fewer.
+    Files are written completely or not at all.
+
+    Attributes:
+        path: the folder.
+        labels: classes of all samples, int64 [N].
+        batch: number of samples in a shard; the last one may have fewer.
     """
 
     path: Path
@@ -75,13 +91,17 @@ class SampleFolder:
 
     @property
     def shards(self) -> list[np.ndarray]:
-        """Sample numbers of each shard."""
+        """Positions of each shard's samples among all samples."""
         return [np.arange(i, min(i + self.batch, len(self.labels))) for i in range(0, len(self.labels), self.batch)]
 
     def start(self, identity: Mapping[str, Any], resume: bool) -> None:
-        """Make the folder, or go on in it.
+        """Make the folder, or check that it holds samples of the same ``identity``.
 
-        Raises: UsageError where it holds a part of the samples and ``resume`` is off, or others than ``identity`` says.
+        ``identity`` holds the values, as for JSON, that determine the samples; ``resume`` allows to continue where some
+        samples are missing.
+
+        Raises: UsageError where samples are missing and ``resume`` is off, or the folder holds other samples;
+        InputFileError where its description is damaged.
         """
         file = self.path / "samples.json"
         if file.exists():
@@ -97,37 +117,43 @@ class SampleFolder:
         write_json(file, {"schema": FOLDER_SCHEMA, **identity})
 
     def has_tokens(self, number: int) -> bool:
-        """Whether a shard was sampled."""
+        """Return whether the tokens of the shard ``number`` are there."""
         return self._shard_file("tokens", number).exists()
 
     def tokens(self, number: int) -> Tensor:
-        """Tokens int64 [n,T] of a shard. Raises: InputFileError for a missing or damaged file."""
+        """Return the tokens of the shard ``number``, int64 [n,T].
+
+        Raises: InputFileError where its file is missing or damaged.
+        """
         return read_tensors(self._shard_file("tokens", number), SHARD_SCHEMA)[0]["tokens"].long()
 
     def save_tokens(self, number: int, tokens: Tensor) -> None:
-        """Write a shard's tokens as int16, or int32 where they are larger."""
+        """Write the tokens of the shard ``number``, int64 [n,T], as int16, or as int32 where they need it."""
         narrow = tokens.to(torch.int16 if int(tokens.max()) < 2**15 else torch.int32)
         write_tensors(self._shard_file("tokens", number), {"tokens": narrow}, SHARD_SCHEMA, {"shard": number})
 
     def has_features(self, number: int, extractor: FeatureExtractor) -> bool:
-        """Whether a shard's features were taken."""
+        """Return whether the features of the shard ``number`` by ``extractor`` are there."""
         return self._shard_file(extractor.name, number).exists()
 
     def features(self, extractor: FeatureExtractor) -> Features:
-        """Features of all samples. Raises: as ``Features.load``."""
+        """Return the features of all samples by ``extractor``.
+
+        Raises: InputFileError where a file is missing or damaged; UsageError where other weights computed the features.
+        """
         files = (self._shard_file(extractor.name, number) for number in range(len(self.shards)))
         return Features.join([Features.load(file, _header(extractor)) for file in files])
 
     def save_features(self, number: int, extractor: FeatureExtractor, features: Features) -> None:
-        """Write a shard's features as float32."""
+        """Write the features of the shard ``number`` by ``extractor``, as float32."""
         features.save(self._shard_file(extractor.name, number), _header(extractor))
 
     def picture_file(self, sample: int) -> Path:
-        """Where the PNG file of a sample lies."""
+        """Return the path of the PNG file of the sample at position ``sample``."""
         return self.path / "png" / f"{sample:06d}-class{self.labels[sample]:04d}.png"
 
     def save_pictures(self, samples: Sequence[int], pixels: np.ndarray) -> None:
-        """Write samples as PNG files, uint8 [n,S,S,3]."""
+        """Write the pictures of samples, uint8 [n,S,S,3], as PNG files; ``samples`` are positions among all samples."""
         for sample, picture in zip(samples, pixels, strict=True):
             image = Image.fromarray(picture)
             write_atomically(self.picture_file(sample), lambda partial, image=image: image.save(partial, format="png"))
@@ -137,4 +163,5 @@ class SampleFolder:
 
 
 def _header(extractor: FeatureExtractor) -> dict[str, str]:
+    """Return the header of feature files, which says by which network and weights they were computed."""
     return {"features": extractor.name, "digest": extractor.digest}

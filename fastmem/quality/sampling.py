@@ -1,4 +1,4 @@
-"""The pass that fills a folder of samples with tokens, pictures and features, shard after shard."""
+"""Fill a folder of samples, shard after shard, with tokens, pictures and features."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from fastmem.quality.samples import BATCH, SampleFolder, sample_shard
 from fastmem.reporter import Reporter, size, time_left
 from fastmem.runs.interruption import Interruption
 
-# a probe of this many samples tells the speed of a CPU; a GPU is not full before a whole shard
+# samples that measure the speed of a CPU; on a GPU a whole shard is drawn, because fewer samples do not keep it busy
 PROBE = 8
 
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """What determines the samples besides the weights.
+    """The settings of an evaluation's samples.
 
     Attributes:
-        samples: how many.
-        seed: of their random draws.
-        batch_size: how many are drawn at once, which changes the draws.
-        pictures: whether they are written as PNG files, too; this changes no sample.
+        samples: number of samples.
+        seed: seed of the samples.
+        batch_size: number of samples drawn at once, which changes the samples.
+        pictures: whether samples are also written as PNG files, which does not change them.
 
-    Raises: UsageError for fewer than 1 sample or a batch below 1.
+    Raises: UsageError where ``samples`` or ``batch_size`` is below 1.
     """
 
     samples: int
@@ -49,13 +49,14 @@ class EvaluationSettings:
 
 @dataclass(frozen=True)
 class EvaluationPlan:
-    """What sampling will take.
+    """The expected size and duration of sampling.
 
     Attributes:
-        samples: all samples.
-        done: those that are there already.
-        disk_bytes: of the samples to come.
-        seconds: for the samples to come, at the measured speed; None where it was not measured.
+        samples: number of samples.
+        done: number of samples that are there already.
+        disk_bytes: space on disk, in bytes, of the missing samples.
+        seconds: duration for the missing samples, at the measured speed; None where no speed was measured.
+        things: plural noun for what is counted.
     """
 
     samples: int
@@ -66,7 +67,7 @@ class EvaluationPlan:
 
     @property
     def total(self) -> int:
-        """All samples."""
+        """Number of samples."""
         return self.samples
 
     def __str__(self) -> str:
@@ -78,7 +79,15 @@ class EvaluationPlan:
 
 @dataclass
 class Sampling:
-    """A pass over a folder's shards; ``seconds`` are those spent so far, by part."""
+    """A pass over the shards of a folder that makes what is missing.
+
+    Attributes:
+        model: the model, edited or not.
+        samples: the folder.
+        settings: number, seed and batch size of the samples.
+        extractors: networks that compute features of the samples.
+        seconds: time spent so far, by part of the work.
+    """
 
     model: Model
     samples: SampleFolder
@@ -87,7 +96,10 @@ class Sampling:
     seconds: dict[str, float] = field(default_factory=dict)
 
     def run(self, reporter: Reporter) -> None:
-        """Make what is missing. Raises: KeyboardInterrupt after the shard during which Ctrl-C came."""
+        """Make the tokens, pictures and features that are missing, and tell ``reporter`` how many samples are done.
+
+        Raises: KeyboardInterrupt on Ctrl-C, after the current shard was saved.
+        """
         left = [number for number in range(len(self.samples.shards)) if self._is_missing(number)]
         reporter.planned(self._plan(left))
         reporter.advance(len(self.samples.labels) - self._count(left))
@@ -100,7 +112,7 @@ class Sampling:
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:
-        """Add the time spent inside to ``seconds`` of a part."""
+        """Add the time spent inside this context to the seconds of a part."""
         started = time.monotonic()
         yield
         self.seconds[part] = round(self.seconds.get(part, 0.0) + time.monotonic() - started, 3)
@@ -119,7 +131,7 @@ class Sampling:
         return [sample for sample in members if not self.samples.picture_file(sample).exists()]
 
     def _plan(self, left: Sequence[int]) -> EvaluationPlan:
-        """The time from a probe that is thrown away, where more than a few shards are left."""
+        """Return the plan; where more than two shards are left, a few samples are drawn to measure the speed."""
         count, seconds = self._count(left), None
         if len(left) > 2:
             probe = self.samples.labels[: self.settings.batch_size if self.model.device.type == "cuda" else PROBE]
@@ -132,6 +144,7 @@ class Sampling:
         return EvaluationPlan(len(self.samples.labels), len(self.samples.labels) - count, numbers * count, seconds)
 
     def _fill(self, number: int) -> None:
+        """Make what is missing of one shard."""
         members = self.samples.shards[number]
         tokens = self._tokens(number)
         extractors, pictures = self._extractors_left(number), self._pictures_left(number)
@@ -146,6 +159,7 @@ class Sampling:
             self.samples.save_features(number, extractor, features)
 
     def _tokens(self, number: int) -> Tensor:
+        """Return the tokens of one shard, read from its file or sampled now."""
         if self.samples.has_tokens(number):
             return self.samples.tokens(number)
         with self.timed("sampling"):

@@ -11,7 +11,7 @@ from statistics import fmean
 from torch import Tensor
 
 from fastmem.errors import UsageError
-from fastmem.ranking.selection import SCORES, highest, matched_to, merge_segments
+from fastmem.ranking.selection import SCORES, highest, matched_to, merge_segments, required
 from fastmem.stats import UnitStats
 
 
@@ -93,7 +93,7 @@ def reliability(
 def _score(by: str, stats: UnitStats, heldout: UnitStats | None, folds: tuple[int, ...]) -> Tensor:
     half = _join(stats, folds)
     # the caller has matched the whole sets already, so their halves need no check
-    return half.unitmem() - _join(heldout, folds).unitmem() if by == "gap" else SCORES[by](half, None)
+    return half.unitmem() - _join(required(heldout), folds).unitmem() if by == "gap" else SCORES[by](half, None)
 
 
 def _halves(folds: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:

@@ -90,7 +90,15 @@ def gap_scores(stats: UnitStats, heldout: UnitStats | None) -> Tensor:
 
     Raises: UsageError where there are no held-out statistics, or no such set.
     """
-    return matched_to(stats, heldout).unitmem() - heldout.unitmem()
+    train = matched_to(stats, heldout)
+    return train.unitmem() - required(heldout).unitmem()
+
+
+def required(heldout: UnitStats | None) -> UnitStats:
+    """Return the held-out statistics. Raises: UsageError where there are none."""
+    if heldout is None:
+        raise UsageError("expected held-out statistics with by='gap', got none: score with --heldout, pass heldout=")
+    return heldout
 
 
 def matched_to(stats: UnitStats, heldout: UnitStats | None) -> UnitStats:
@@ -101,8 +109,7 @@ def matched_to(stats: UnitStats, heldout: UnitStats | None) -> UnitStats:
 
     Raises: UsageError where there are no held-out statistics, or no training statistics that match them.
     """
-    if heldout is None:
-        raise UsageError("expected held-out statistics with by='gap', got none: score with --heldout, pass heldout=")
+    heldout = required(heldout)
     if heldout.segments != stats.segments or heldout.shape != stats.shape:
         raise UsageError(
             f"expected held-out statistics of the same units and segments, got shape {heldout.shape} with segments "
@@ -189,7 +196,7 @@ def select(
     if by == "matched":
         target = matched_with or select(stats, fraction, "unitmem", scope, merge)
         return _matched(stats, target, merge, seed)
-    if by == "scores":
+    if scores is not None:
         chosen_by = order_by = _own_scores(stats, scores)
     elif by == "random":
         chosen_by = merge_segments(stats, stats.unitmem(), merge)
@@ -240,10 +247,10 @@ def _matched(stats: UnitStats, target: Selection, merge: str, seed: int) -> Sele
     taken = target.mask(layers, units)
     crowded = taken.sum(1) > units // 2
     if crowded.any():
-        layer = int(crowded.nonzero()[0])
+        first = int(crowded.nonzero()[0])
         raise UsageError(
-            f"expected at most half of a layer's units to match, got {int(taken[layer].sum())} of {units} in layer "
-            f"{layer}: select a smaller fraction"
+            f"expected at most half of a layer's units to match, got {int(taken[first].sum())} of {units} in layer "
+            f"{first}: select a smaller fraction"
         )
     partner = torch.empty(len(target), dtype=torch.int64)
     unmatched = 0

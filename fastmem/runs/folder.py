@@ -131,6 +131,10 @@ class RunFolder:
         """Return the path of the losses of every image of a set, "train" or "heldout"."""
         return self.path / f"losses-{split}.safetensors"
 
+    def skipped_file(self, split: str) -> Path:
+        """Path of the list of images of a set that could not be read; ``split`` is "train" or "heldout"."""
+        return self.path / f"skipped-{split}.json"
+
     def extraction_folder(self, name: str) -> Path:
         """Return the path of the folder of the extraction called ``name``."""
         return self.path / "extractions" / name

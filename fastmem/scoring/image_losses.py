@@ -48,8 +48,10 @@ class ImageLosses:
     @classmethod
     def of(cls, tensors: Mapping[str, Tensor]) -> ImageLosses:
         """Make the losses from tensors by name, as the method ``tensors`` returns them."""
-        loss, hits, unconditional = (tensors.get(name) for name in ("loss", "hits", "unconditional"))
-        return cls(loss.numpy(), hits.numpy(), None if unconditional is None else unconditional.numpy())
+        unconditional = tensors.get("unconditional")
+        return cls(
+            tensors["loss"].numpy(), tensors["hits"].numpy(), None if unconditional is None else unconditional.numpy()
+        )
 
     @property
     def guided(self) -> np.ndarray | None:

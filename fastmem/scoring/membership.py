@@ -82,8 +82,8 @@ def membership(members: np.ndarray, nonmembers: np.ndarray, seed: int = 0, resam
         ]
     )
     (auc_low, tpr_low), (auc_high, tpr_high) = np.percentile(drawn, [2.5, 97.5], axis=0)
-    sizes = [len(side) for side in sides]
-    return Membership(*sizes, auc, float(auc_low), float(auc_high), tpr, float(tpr_low), float(tpr_high))
+    n, m = map(len, sides)
+    return Membership(n, m, auc, float(auc_low), float(auc_high), tpr, float(tpr_low), float(tpr_high))
 
 
 def _rates(members: np.ndarray, nonmembers: np.ndarray) -> tuple[float, float]:

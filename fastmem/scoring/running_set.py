@@ -73,13 +73,13 @@ class RunningSet:
         """Add a batch, and its images that could not be read, to the open work unit."""
         self.skip(skipped)
         self._accumulate(self.unit, seen, np.ones(len(seen.positions), dtype=bool))
-        if self.matched_builder is not None:
+        if self.matched_builder is not None and self.matched is not None:
             # summed separately, so that the statistics of the whole set do not depend on there being a held-out set
             self._accumulate(self.matched_unit, seen, self.matched[seen.positions])
-        if self.losses is not None:
+        if self.losses is not None and seen.outcomes is not None and seen.hits is not None:
             self.losses.loss[seen.positions] = seen.outcomes.loss.mean(1).cpu().numpy()
             self.losses.hits[seen.positions] = seen.hits.cpu().numpy()
-            if self.losses.unconditional is not None:
+            if self.losses.unconditional is not None and seen.unconditional is not None:
                 self.losses.unconditional[seen.positions] = seen.unconditional.cpu().numpy()
 
     def _accumulate(self, unit: list[Fold], seen: Seen, mask: np.ndarray) -> None:
@@ -106,7 +106,7 @@ class RunningSet:
     def finish(self, origin: Mapping[str, Any]) -> UnitStats:
         """Return the statistics of all finished work units; ``origin`` says what they were computed from."""
         stats = self.builder.finish(origin)
-        return replace(stats, matched=self.matched_builder and self.matched_builder.finish(origin))
+        return replace(stats, matched=None if self.matched_builder is None else self.matched_builder.finish(origin))
 
     def _open_unit(self) -> None:
         self.unit = self.builder.zero_unit()

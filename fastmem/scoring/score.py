@@ -206,7 +206,7 @@ class _Scorer:
             str(self.model.device),
             seconds,
             images / max(seconds, 1e-9),
-            self.folder and self.folder.path,
+            None if self.folder is None else self.folder.path,
         )
 
     def _manifests(self, sets: Mapping[str, ImageSource]) -> dict[str, Manifest]:
@@ -288,7 +288,8 @@ class _Scorer:
 
     @property
     def _images_per_batch(self) -> int:
-        return max(1, self.settings.batch_size // self.recipe.count)
+        views: int = self.recipe.count
+        return max(1, self.settings.batch_size // views)
 
     def _see(self, tokens: Tensor, positions: np.ndarray, manifest: Manifest) -> Seen:
         """Run the forward pass over tokens int64 [n,views,T] of the images at manifest positions int64 [n]."""
@@ -310,13 +311,13 @@ class _Scorer:
 
     def _score_set(self, split: str, source: ImageSource, manifest: Manifest) -> tuple[UnitStats, int]:
         """Score one set, or read its results; return its statistics and the number of images scored now."""
-        file = self.folder and self.folder.stats_file(split)
-        if file is not None and file.exists():
-            self.skipped[split] = from_rows(read_json(self._skipped_file(split), SKIPPED_SCHEMA)["images"])
+        folder = self.folder
+        if folder is not None and folder.stats_file(split).exists():
+            self.skipped[split] = from_rows(read_json(folder.skipped_file(split), SKIPPED_SCHEMA)["images"])
             if self.settings.per_image:
-                self.losses[split] = ImageLosses.load(self.folder.losses_file(split), manifest.hash)
+                self.losses[split] = ImageLosses.load(folder.losses_file(split), manifest.hash)
             self.reporter.advance(len(manifest))
-            return UnitStats.load(file), 0
+            return UnitStats.load(folder.stats_file(split)), 0
         running = self._start_set(split, manifest)
         units = manifest.work_units(UNIT_IMAGES)
         before = units[running.units - 1].stop if running.units else 0
@@ -326,18 +327,18 @@ class _Scorer:
         self.skipped[split] = running.skipped
         if running.losses is not None:
             self.losses[split] = running.losses
-        if file is not None:
-            write_json(self._skipped_file(split), {"schema": SKIPPED_SCHEMA, "images": as_rows(running.skipped)})
+        if folder is not None:
+            write_json(folder.skipped_file(split), {"schema": SKIPPED_SCHEMA, "images": as_rows(running.skipped)})
             if running.losses is not None:
-                running.losses.save(self.folder.losses_file(split), manifest.hash)
-            stats.save(file)
+                running.losses.save(folder.losses_file(split), manifest.hash)
+            stats.save(folder.stats_file(split))
         return stats, len(manifest) - before
 
     def _start_set(self, split: str, manifest: Manifest) -> RunningSet:
         """Return the results so far for a set: those that were saved, or empty ones."""
         keep_rows = keeps_rows(self.settings, self.shape, manifest)
-        file = self.folder and self.folder.stats_file(split)
-        builder = self._builder(keep_rows, row_folder(file) if file and keep_rows else None)
+        rows_in = row_folder(self.folder.stats_file(split)) if self.folder is not None and keep_rows else None
+        builder = self._builder(keep_rows, rows_in)
         mask = self.matched if split == "train" and self.matched is not None and not self.matched.all() else None
         running = RunningSet(
             manifest,
@@ -389,9 +390,6 @@ class _Scorer:
         tensors, header = running.state()
         write_tensors(self.folder.state_file, tensors, STATE_SCHEMA, header | {"set": split})
         self.saved = time.monotonic()
-
-    def _skipped_file(self, split: str) -> Path:
-        return self.folder.path / f"skipped-{split}.json"
 
 
 def _cut_batches(units: Sequence[WorkUnit], size: int) -> Iterator[tuple[np.ndarray, bool]]:

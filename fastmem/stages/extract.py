@@ -163,7 +163,13 @@ def extract(
 def find_index(
     run: OpenedRun, index: str | os.PathLike[str] | IndexResult | None, judge: Judge, reporter: Reporter = SILENT
 ) -> EmbeddingIndex | None:
-    """The index that was named, or else the training set's own where it was made; None without an embedder.
+    """Open the index that was named, or else the training set's own where it was made; None without an embedder.
+
+    Args:
+        run: the run.
+        index: folder of an index, or what ``index`` returned; None for the training set's own.
+        judge: who decides; one that compares tokens searches nothing.
+        reporter: is told where images are missing from the index, or the index itself.
 
     Raises: UsageError for an index without an embedder, or of another one; InputFileError for a damaged one.
     """

@@ -29,7 +29,8 @@ class StageResult:
 
 def settings_document(settings: Any) -> dict[str, Any]:
     """A frozen dataclass of settings as JSON has it, with lists for tuples."""
-    return json.loads(json.dumps(asdict(settings)))
+    document: dict[str, Any] = json.loads(json.dumps(asdict(settings)))
+    return document
 
 
 def settings_digest(document: Mapping[str, Any]) -> str:

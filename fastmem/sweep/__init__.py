@@ -1,1 +1,1 @@
-"""Fractions, factors, selections and seeds as one resumable table: what is extracted, and what it costs in quality."""
+"""Sweeps: measure many edits of a model, how many images are still extracted and how much image quality they cost."""

@@ -1,4 +1,4 @@
-"""Statistics of the comparison: paired over targets, a class's targets together, corrected over selections."""
+"""Statistics of comparisons between two edits: a bootstrap over classes and seeds, corrected for multiple tests."""
 
 from __future__ import annotations
 
@@ -9,17 +9,22 @@ import numpy as np
 
 from fastmem.errors import UsageError
 
+# level of the confidence intervals
 LEVEL = 0.95
 ROUNDS = 10_000
-# where random units are tuned in every round, which takes a second
+# fewer rounds where random units are tuned again in every round, so that they take only a second
 TUNED_ROUNDS = 2_000
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Targets extracted under one edit minus those under another.
+    """The number of targets extracted under one edit minus the number under another edit.
 
-    value: the difference in targets; low, high: its 95 % bootstrap interval; p_value: two-sided, of no difference.
+    Attributes:
+        value: the difference.
+        low: lower end of its 95 % bootstrap interval.
+        high: upper end of its 95 % bootstrap interval.
+        p_value: two-sided p-value of the hypothesis that there is no difference.
     """
 
     value: float
@@ -31,12 +36,19 @@ class Difference:
 def paired_bootstrap(
     extracted: np.ndarray, other: np.ndarray, classes: np.ndarray, rounds: int = ROUNDS, seed: int = 0
 ) -> Difference:
-    """The difference in extracted targets between two edits, with whole classes, and each side's seeds, drawn anew.
+    """Return the difference in extracted targets between two edits, with a bootstrap interval and a p-value.
 
-    extracted, other: bool or float [S,N] in [0,1], a row for each seed (of random units, say), whose mean counts, or
-    [N] where there is one; of the same N targets. classes: int [N], whose targets are drawn together.
+    Every round of the bootstrap draws classes and seeds with replacement. All targets of a class are drawn together.
 
-    Raises: UsageError for outcomes of other targets than ``classes`` has, or of none.
+    Args:
+        extracted: whether one edit extracts each target, bool or float in [0,1], with a row for each seed, [S,N], or
+            for a single seed [N]; the mean over the seeds counts.
+        other: the same for the other edit and the same targets, [R,N] or [N].
+        classes: class of each target, int [N].
+        rounds: number of bootstrap rounds.
+        seed: seed of the bootstrap.
+
+    Raises: UsageError where there are no targets, or not one outcome and one class for each target.
 
     Source: Efron and Tibshirani, An Introduction to the Bootstrap, chapters 8.6 and 13 (percentile interval).
     """
@@ -53,39 +65,37 @@ def paired_bootstrap(
 
 
 def _class_sums(outcomes: np.ndarray, classes: np.ndarray) -> np.ndarray:
-    """Extracted targets of every class by seed: float64 [S,N] -> [S,C]."""
+    """Return the number of extracted targets of every class by seed, [S,C], from outcomes float64 [S,N]."""
     _, cluster = np.unique(classes, return_inverse=True)
     return np.stack([np.bincount(cluster, weights=row) for row in outcomes])
 
 
 def _draw_classes(rng: np.random.Generator, count: int, rounds: int) -> np.ndarray:
-    """How often each class is drawn, int64 [rounds,C]."""
+    """Return how often each class is drawn in each round, int64 [rounds,C]."""
     return rng.multinomial(count, np.full(count, 1 / count), size=rounds)
 
 
 def _draw_seeds(rng: np.random.Generator, count: int, rounds: int) -> np.ndarray:
-    """The weight of each seed in the mean over as many drawn ones, float64 [rounds,S]; of a single seed, 1."""
+    """Return the weight of each seed in the mean over the seeds drawn in each round, float64 [rounds,S]."""
     return rng.multinomial(count, np.full(count, 1 / count), size=rounds) / count
 
 
 def _mean_over_seeds(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Means over drawn seeds, float64 [S,...] by [rounds,S] -> [rounds,...].
-
-    Deviations are made as wide as S independent seeds' are, for drawing from S itself loses one part in S of their
-    variance.
-    """
+    """Return the mean over the drawn seeds in each round, [rounds,...], of values by seed, [S,...]."""
+    # means of S seeds drawn from S seeds vary less than means of S new seeds, so their deviations are widened
     mean, count = values.mean(0), len(values)
     return mean + (weights @ values - mean) * (count / max(1, count - 1)) ** 0.5
 
 
 def _totals(drawn: np.ndarray, sums: np.ndarray) -> np.ndarray:
+    """Return the number of extracted targets in each round, float64 [rounds]."""
     return np.einsum("rc,rc->r", drawn, sums)
 
 
 def _difference(value: float, found: np.ndarray) -> Difference:
-    """What the rounds' differences ``found``, float64 [rounds], say of one."""
+    """Return a difference with interval and p-value from the differences in the bootstrap rounds, float64 [rounds]."""
     low, high = np.quantile(found, ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
-    # the sample itself counts as a round, so that no p value is 0
+    # the measured difference counts as one more round, so that no p-value is 0
     tails = [
         (1 + np.count_nonzero(found <= 0)) / (len(found) + 1),
         (1 + np.count_nonzero(found >= 0)) / (len(found) + 1),
@@ -94,7 +104,7 @@ def _difference(value: float, found: np.ndarray) -> Difference:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down correction: p values that hold together at the level of each. Source: Holm 1979."""
+    """Return p-values corrected by Holm's step-down method for testing several hypotheses at once. Source: Holm 1979."""
     order = np.argsort(p_values, kind="stable")
     corrected = np.empty(len(p_values))
     remaining = len(p_values) - np.arange(len(p_values))
@@ -104,9 +114,10 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 @dataclass(frozen=True, eq=False)
 class Outcomes:
-    """What an edit, or the unedited model, does with each of S seeds.
+    """Results of an edit, or of the unedited model, with each of S seeds.
 
-    extracted: bool or float [S,N], of the same targets; costs: float64 [S], its loss of quality.
+    ``extracted``, bool or float [S,N], says whether each target is extracted, and ``costs``, float64 [S], is the loss
+    of quality.
     """
 
     extracted: np.ndarray
@@ -115,10 +126,14 @@ class Outcomes:
 
 @dataclass(frozen=True, eq=False)
 class EqualQuality:
-    """Random units whose factor is tuned until they cost what an edit costs.
+    """Random units that are scaled by the factor at which they cost as much quality as another edit.
 
-    factor: 1 is no edit; cost: there; extracted: float64 [N], the share of seeds that extract each target there;
-    reached: False where even the strongest measured factor costs less than the edit, and is taken.
+    Attributes:
+        factor: the factor, between measured ones; 1 is no edit.
+        cost: loss of quality at this factor.
+        extracted: share of seeds that extract each target at this factor, float64 [N].
+        reached: False where random units cost less than the edit even at the smallest measured factor, which is then
+            taken.
     """
 
     factor: float
@@ -130,20 +145,24 @@ class EqualQuality:
 def equal_quality(
     cost: float, factors: Sequence[float], costs: Sequence[float], extracted: Sequence[np.ndarray]
 ) -> EqualQuality:
-    """Between the measured factors, where random units cost ``cost``.
+    """Return random units at the factor where they cost ``cost``, by linear interpolation between measured factors.
 
-    factors: falling from 1 (no edit); costs: mean over seeds of the quality loss at each, made monotone by isotonic
-    regression (noise can make a stronger edit look cheaper); extracted: float [N] at each, mean over seeds. Both are
-    linear between neighbours. A cost of no edit or less gives the factor 1.
+    Costs are first made monotone by isotonic regression, because noise can make a stronger edit look cheaper.
 
-    Raises: UsageError where factors do not fall from 1, or differ in number from costs and outcomes.
+    Args:
+        cost: loss of quality to reach; a cost up to that of the unedited model gives the factor 1.
+        factors: measured factors, falling from 1 (no edit).
+        costs: loss of quality at each factor, the mean over seeds.
+        extracted: share of seeds that extract each target at each factor, float [N].
+
+    Raises: UsageError where the factors do not fall from 1, or there are not a cost and outcomes for each.
     """
     from scipy.optimize import isotonic_regression
 
     falling = list(factors) == sorted(set(factors), reverse=True)
     if not (len(factors) == len(costs) == len(extracted) and falling and factors[0] == 1):
         raise UsageError(f"expected costs and outcomes at factors that fall from 1, got factors {list(factors)}")
-    # no edit costs nothing by definition, and nothing may cost less
+    # an edit cannot cost less than no edit, whatever the noise
     rising = isotonic_regression(np.maximum(costs, costs[0])).x
     if cost <= rising[0]:
         return EqualQuality(1.0, float(rising[0]), np.asarray(extracted[0], dtype=np.float64), True)
@@ -164,13 +183,21 @@ def equal_quality_bootstrap(
     rounds: int = TUNED_ROUNDS,
     seed: int = 0,
 ) -> Difference:
-    """The difference in extracted targets between an edit and random units of equal cost, as uncertain as that cost.
+    """Return the difference in extracted targets between an edit and random units that cost as much quality.
 
-    factors: falling from 1; grid: outcomes at each, the first of the unedited model; classes: int [N]. In every round
-    classes and all seeds are drawn anew, and the random units are tuned to the edit's cost again. The cost of an edit
-    with a single seed varies in the rounds as that of the unedited model does over its seeds.
+    Every round of the bootstrap draws classes and seeds with replacement, and finds the factor of equal cost again, so
+    the interval also covers the uncertainty of the costs. Where the edit has a single seed, its cost varies as much as
+    that of the unedited model varies over its seeds.
 
-    Raises: as ``equal_quality`` and ``paired_bootstrap``.
+    Args:
+        edit: results of the edit.
+        factors: factors of the random units, falling from 1 (no edit).
+        grid: results of random units at each factor; the first are those of the unedited model.
+        classes: class of each target, int [N].
+        rounds: number of bootstrap rounds.
+        seed: seed of the bootstrap.
+
+    Raises: UsageError where the factors do not fall from 1, or there are not results for each.
     """
     tuned = equal_quality(
         float(edit.costs.mean()),

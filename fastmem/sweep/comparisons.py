@@ -1,4 +1,4 @@
-"""Every selection of a table beside its controls, and beside random units that cost as much quality."""
+"""Compare every selection of units with its controls, and with random units that cost as much quality."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 
 from fastmem.sweep.bootstrap import (
     Difference,
+    EqualQuality,
     Outcomes,
     equal_quality,
     equal_quality_bootstrap,
@@ -18,10 +19,11 @@ from fastmem.sweep.bootstrap import (
 from fastmem.sweep.plan import NO_EDIT
 from fastmem.sweep.table import Measured, TargetSet, unedited_cost
 
-# whom every selection is compared with, at the same fraction and factor; matched units are matched with UnitMem's
+# selections that every other selection is compared with, at the same fraction and factor
 RIVALS = ("random", "matched", "lowest", "unitmem")
+# the selection whose units have similar mean responses to those of "matched"
 MATCHED_WITH = "unitmem"
-# random units of the same number whose factor is tuned to the same cost
+# name of a rival: equally many random units, at the factor where they cost as much quality
 EQUAL_QUALITY = "random at equal quality"
 
 # (selection, fraction, factor)
@@ -30,10 +32,10 @@ Point = tuple[str, float, float]
 
 @dataclass(frozen=True, eq=False)
 class Side:
-    """One side of a comparison, with its seeds, of its units or of its samples.
+    """Results of one selection at one fraction and factor, with several seeds.
 
-    by_seed: bool [S,n] over the reported targets; costs: float64 [S], loss of quality against the unedited model's
-    mean; factor: of its units.
+    ``by_seed``, bool [S,n], says whether each of the n reported targets is extracted. ``costs``, float64 [S], is the
+    loss of quality against the mean of the unedited model. ``factor`` is the factor of the scaled rows.
     """
 
     by_seed: np.ndarray
@@ -42,28 +44,41 @@ class Side:
 
     @property
     def extracted(self) -> np.ndarray:
-        """The mean over seeds, float64 [n]."""
+        """Share of seeds that extract each target, float64 [n]."""
         return self.by_seed.mean(0)
 
     @property
     def cost(self) -> float:
-        """The mean over seeds."""
+        """Mean loss of quality over the seeds."""
         return float(self.costs.mean())
 
     @property
     def outcomes(self) -> Outcomes:
+        """The results as the bootstrap takes them."""
         return Outcomes(self.by_seed, self.costs)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A selection beside a rival, in reported targets.
+    """A selection of units compared with a rival: another selection, or random units that cost as much quality.
 
-    extracted, rival_extracted: how many of them; cost, rival_cost: loss of quality; rival_factor: of the rival's units;
-    seeds: that the rival is a mean over; difference: extracted minus rival_extracted, with the uncertainty of targets'
-    classes, of seeds and, at equal quality, of the cost that is tuned to; holm: its p value, corrected over
-    the selections beside this rival at this fraction and factor; reached: False where even the strongest factor that
-    was measured costs the rival less.
+    Attributes:
+        by: the selection.
+        fraction: share of all units that both scale.
+        factor: factor of the selection's units.
+        rival: the selection that it is compared with, or "random at equal quality".
+        rival_factor: factor of the rival's units.
+        seeds: number of seeds that the rival's results are a mean over.
+        extracted: number of reported targets extracted under the selection's edit.
+        rival_extracted: number of reported targets extracted under the rival's edit.
+        cost: loss of quality of the selection's edit.
+        rival_cost: loss of quality of the rival's edit.
+        difference: ``extracted`` minus ``rival_extracted``; its interval covers the choice of classes and seeds and, at
+            equal quality, the uncertainty of the costs.
+        holm: p-value of the difference, corrected by Holm's method over all selections that are compared with this
+            rival at this fraction and factor.
+        reached: False where random units at equal quality cost less than the selection even at the smallest measured
+            factor.
     """
 
     by: str
@@ -82,9 +97,10 @@ class Comparison:
 
 
 def sides_of(measured: Sequence[Measured], targets: TargetSet, cost: str) -> dict[Point, Side]:
-    """Every selection, fraction and factor with its seeds; the first rows are the unedited model.
+    """Return the results of the reported targets by selection, fraction and factor.
 
-    cost: a metric that rises as quality falls.
+    ``measured`` are the rows of a table, among them the unedited model. ``targets`` says which targets are reported.
+    ``cost`` is the metric whose rise is the loss of quality. Rows that could not be measured are left out.
     """
     groups: dict[Point, list[Measured]] = {}
     for m in measured:
@@ -102,9 +118,10 @@ def sides_of(measured: Sequence[Measured], targets: TargetSet, cost: str) -> dic
 
 
 def compare_all(sides: Mapping[Point, Side], classes: np.ndarray) -> list[Comparison]:
-    """Every selection beside every rival that was measured, by fraction, factor and rival.
+    """Return the comparisons of every selection with every rival that was measured at the same fraction and factor.
 
-    classes: int64 [n] of the reported targets.
+    ``sides`` are the results by selection, fraction and factor, and ``classes``, int64 [n], are the classes of the
+    reported targets.
     """
     found = []
     for fraction, factor in dict.fromkeys((f, x) for by, f, x in sides if by != NO_EDIT.by):
@@ -122,38 +139,22 @@ def compare_all(sides: Mapping[Point, Side], classes: np.ndarray) -> list[Compar
 
 
 def _is_rival(rival: str, by: str) -> bool:
+    """Return whether a selection is compared with a rival."""
     return by == MATCHED_WITH if rival == "matched" else by != rival
 
 
 def _beside(
     fraction: float, rival: str, mine: Mapping[str, Side], other: Side, classes: np.ndarray
 ) -> list[Comparison]:
+    """Compare selections with a rival at the same fraction and factor."""
     differences = [paired_bootstrap(side.by_seed, other.by_seed, classes) for side in mine.values()]
-    corrected = holm([d.p_value for d in differences])
-    return [
-        Comparison(
-            by,
-            fraction,
-            side.factor,
-            rival,
-            other.factor,
-            len(other.costs),
-            float(side.extracted.sum()),
-            float(other.extracted.sum()),
-            side.cost,
-            other.cost,
-            difference,
-            p_value,
-            True,
-        )
-        for (by, side), difference, p_value in zip(mine.items(), differences, corrected, strict=True)
-    ]
+    return _corrected(fraction, rival, len(other.costs), mine, [other] * len(mine), differences)
 
 
 def _at_equal_quality(
     sides: Mapping[Point, Side], fraction: float, mine: Mapping[str, Side], classes: np.ndarray
 ) -> list[Comparison]:
-    """Beside random units at each selection's cost; none where they were measured at one factor alone."""
+    """Compare selections with random units that cost as much; none where these were measured at one factor only."""
     factors = sorted({x for by, f, x in sides if by == "random" and f == fraction}, reverse=True)
     if len(factors) < 2:
         return []
@@ -162,25 +163,37 @@ def _at_equal_quality(
     differences = [
         equal_quality_bootstrap(side.outcomes, factors, [g.outcomes for g in grid], classes) for side in mine.values()
     ]
+    tuned = [
+        equal_quality(side.cost, factors, [g.cost for g in grid], [g.extracted for g in grid]) for side in mine.values()
+    ]
+    return _corrected(fraction, EQUAL_QUALITY, min(len(g.costs) for g in grid[1:]), mine, tuned, differences)
+
+
+def _corrected(
+    fraction: float,
+    rival: str,
+    seeds: int,
+    mine: Mapping[str, Side],
+    others: Sequence[Side | EqualQuality],
+    differences: Sequence[Difference],
+) -> list[Comparison]:
+    """Return the comparisons with one rival, which has one side for each selection, with corrected p-values."""
     corrected = holm([d.p_value for d in differences])
-    found = []
-    for (by, side), difference, p_value in zip(mine.items(), differences, corrected, strict=True):
-        tuned = equal_quality(side.cost, factors, [g.cost for g in grid], [g.extracted for g in grid])
-        found.append(
-            Comparison(
-                by,
-                fraction,
-                side.factor,
-                EQUAL_QUALITY,
-                tuned.factor,
-                min(len(g.costs) for g in grid[1:]),
-                float(side.extracted.sum()),
-                float(tuned.extracted.sum()),
-                side.cost,
-                tuned.cost,
-                difference,
-                p_value,
-                tuned.reached,
-            )
+    return [
+        Comparison(
+            by,
+            fraction,
+            side.factor,
+            rival,
+            other.factor,
+            seeds,
+            float(side.extracted.sum()),
+            float(other.extracted.sum()),
+            side.cost,
+            other.cost,
+            difference,
+            p_value,
+            reached=not isinstance(other, EqualQuality) or other.reached,
         )
-    return found
+        for (by, side), other, difference, p_value in zip(mine.items(), others, differences, corrected, strict=True)
+    ]

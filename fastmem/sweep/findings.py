@@ -1,4 +1,4 @@
-"""What a finished table says, as the document that ``--json`` prints and as a parquet table."""
+"""The findings of a sweep: its rows, the best trade-offs and the comparisons, as a JSON document and a parquet table."""
 
 from __future__ import annotations
 
@@ -15,15 +15,23 @@ from fastmem.sweep.comparisons import Comparison, compare_all, sides_of
 from fastmem.sweep.plan import Row
 from fastmem.sweep.table import Measured, TargetSet, mean_of
 
-# metrics that rise as quality falls, best first; one needs samples
+# metrics that rise as quality falls, best first; the first one needs samples
 SAMPLED_COST = "kd-sscd"
 COSTS = (SAMPLED_COST, TEMPERED, f"loss_{HELDOUT}")
 
 
 @dataclass(frozen=True, eq=False)
 class Findings:
-    """What a table says. cost: the metric whose rise is the quality loss; pareto: positions of the rows with the first
-    seed of every edit on the front, whose counts and costs are means over its seeds."""
+    """The findings of a sweep.
+
+    Attributes:
+        measured: the rows of the table, in order.
+        targets: the targets, and which of them are reported.
+        cost: the metric whose rise is the loss of quality.
+        comparisons: every selection compared with its rivals.
+        pareto: positions, in ``measured``, of the edits on the Pareto front of extracted targets against cost; each
+            edit is compared by its means over the seeds, and stands at the position of its first seed.
+    """
 
     measured: tuple[Measured, ...]
     targets: TargetSet
@@ -32,11 +40,11 @@ class Findings:
     pareto: tuple[int, ...]
 
     def rows(self) -> list[dict[str, Any]]:
-        """A record of every row: its settings, counts, metrics and costs; counts are null where it is missing."""
+        """Return a record of every row: settings, counts and metrics, which are null or empty where it is missing."""
         return [self._record(m) for m in self.measured]
 
     def document(self) -> dict[str, Any]:
-        """What ``--json`` prints of it."""
+        """Return the findings as a dictionary for a JSON document."""
         reported = self.targets.reported
         return {
             "targets": len(reported),
@@ -64,9 +72,10 @@ class Findings:
 
 
 def find(measured: Sequence[Measured], targets: TargetSet, cost: str) -> Findings:
-    """Compare the rows of a table, the first of which are the unedited model, and find its front.
+    """Return the findings of a table: its rows, the comparisons of its selections, and its Pareto front.
 
-    cost: a metric of every row that rises as quality falls.
+    ``measured`` are the rows, among them the unedited model. ``targets`` says which targets are reported. ``cost`` is
+    the metric whose rise is the loss of quality; every row must have it.
     """
     edits: dict[Row, list[int]] = {}
     for i, m in enumerate(measured):
@@ -83,9 +92,10 @@ def find(measured: Sequence[Measured], targets: TargetSet, cost: str) -> Finding
 
 
 def pareto_front(extracted: Sequence[float], costs: Sequence[float]) -> list[int]:
-    """Indices of the rows that no other equals or beats in both numbers, and beats in one; cheapest first.
+    """Return the positions of the rows on the Pareto front, cheapest first.
 
-    Of rows that are equal in both the first stands for all.
+    A row is on the front unless another row has at most the same number of ``extracted`` targets and at most the same
+    cost in ``costs``, and less of one of them. Of rows that are equal in both, only the first is returned.
     """
     front: list[int] = []
     for i in sorted(range(len(costs)), key=lambda i: (costs[i], extracted[i], i)):
@@ -95,9 +105,9 @@ def pareto_front(extracted: Sequence[float], costs: Sequence[float]) -> list[int
 
 
 def write_sweep_table(path: Path, findings: Findings) -> None:
-    """One parquet row for every row of the table, objects as columns of their own.
+    """Write a parquet file with one row for every row of the sweep, and a column for every metric, prefix and group.
 
-    Raises: UsageError where the place cannot be written.
+    Raises: UsageError where the folder cannot be written.
     """
     import pyarrow
 
@@ -109,10 +119,12 @@ def write_sweep_table(path: Path, findings: Findings) -> None:
 
 
 def _columns(nested: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return the entries of nested records by the names of their columns."""
     named = {"by_prefix": "extracted_prefix_", "by_group": "extracted_group_", "metrics": ""}
     return {f"{named[kind]}{name}": value for kind, values in nested.items() for name, value in values.items()}
 
 
 def _same_keys(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows with all columns in each, None where a row lacks one."""
     keys = dict.fromkeys(key for row in rows for key in row)
     return [{key: row.get(key) for key in keys} for row in rows]

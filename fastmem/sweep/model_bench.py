@@ -1,4 +1,4 @@
-"""The bench of a model: its edits, its targets under attack, and its quality."""
+"""Measure edits of a model: choose and scale units, attack the targets, and measure the quality of samples."""
 
 from __future__ import annotations
 
@@ -26,11 +26,7 @@ from fastmem.tokens.true_images import TrueImages
 
 
 class UnitChooser:
-    """Chooses units for a row: by the run's statistics, or by attribution on the model as it is.
-
-    stats, heldout: of the run; memorised, unseen: what attribution weighs against each other, scored once for the
-    unedited model, in batches of ``batch_size``; seed: of the draw for a row's seed.
-    """
+    """Chooses the units of a row, by the statistics of a run or by attribution on the model with its present edits."""
 
     def __init__(
         self,
@@ -42,15 +38,26 @@ class UnitChooser:
         seed: Callable[[int], int] = int,
         batch_size: int = BATCH_IMAGES,
     ) -> None:
+        """Keep what units are chosen by.
+
+        Args:
+            model: the model.
+            stats: statistics of the training images.
+            heldout: statistics of the held-out images.
+            memorised: training images whose loss attribution wants to raise.
+            unseen: held-out images whose loss attribution wants to keep.
+            seed: gives the seed of random and matched units for a row's seed.
+            batch_size: number of images in one backward pass of attribution.
+        """
         self.batch_size = batch_size
         self.model, self.stats, self.heldout = model, stats, heldout
         self.memorised, self.unseen, self.seed = memorised, unseen, seed
         self._unedited: Tensor | None = None
 
     def choose(self, row: Row) -> Selection:
-        """The units of one round of a row, on the model as it is.
+        """Return the units of one round of a row, chosen on the model with its present edits.
 
-        Raises: UsageError where they cannot be chosen.
+        Raises: UsageError where the units cannot be chosen.
         """
         fraction = row.fraction / row.rounds
         if row.by == ATTRIBUTION:
@@ -59,6 +66,7 @@ class UnitChooser:
         return select(self.stats, fraction, row.by, row.scope, row.merge, self.seed(row.seed), heldout)
 
     def _attribution(self) -> Tensor:
+        """Return attribution scores; those of the unedited model are computed only once."""
         if self.model.edits:
             return self._measure()
         if self._unedited is None:
@@ -77,7 +85,7 @@ class UnitChooser:
 
 
 def graded_factors(selection: Selection, factor: float) -> Tensor:
-    """A factor for each unit, float64 [n]: ``factor`` for the highest score, rising to 1 for the lowest of them."""
+    """Return a factor for each selected unit, float64 [n]: ``factor`` at the highest score, rising to 1 at the lowest."""
     score = selection.score.double()
     low, high = score.min(), score.max()
     share = (score - low) / (high - low) if high > low else torch.ones_like(score)
@@ -86,10 +94,16 @@ def graded_factors(selection: Selection, factor: float) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class ModelBench:
-    """What a table measures a model with; see ``fastmem.sweep.table.Bench``.
+    """The bench of a model: makes the edits of rows, attacks the targets and measures the quality.
 
-    prefixes: in tokens; measure: a model's quality by metric, with a seed of its samples; batch_rows: rows that are
-    completed at once.
+    Attributes:
+        model: the model.
+        chooser: chooses the units of a row.
+        targets: the images to attack.
+        judge: measures how similar completions and their targets are.
+        prefixes: prefix lengths, in tokens.
+        measure: gives the metrics of a model for a seed of its samples, by name.
+        batch_rows: number of completions computed at once.
     """
 
     model: Model
@@ -102,23 +116,23 @@ class ModelBench:
 
     @contextmanager
     def edited(self, row: Row) -> Iterator[int]:
-        """The model with the row's edit while entered; gives the number of units scaled.
+        """Inside this context the model has the row's edit; the context's value is the number of scaled units.
 
-        Raises: RowUnavailable where they cannot be chosen.
+        Raises: RowUnavailable where the row's units cannot be chosen.
         """
         with ExitStack() as edits:
             yield int((self._enter(row, edits) != 1).sum())
 
     def plan(self, row: Row) -> EditPlan:
-        """The row's edit as a file has it: every scaled unit once, by its factor.
+        """Return the row's edit as an edit plan, in which every scaled unit has one factor.
 
-        Raises: RowUnavailable where the units cannot be chosen.
+        Raises: RowUnavailable where the row's units cannot be chosen.
         """
         with ExitStack() as edits:
             factors = self._enter(row, edits)
         layer, unit = (factors != 1).nonzero(as_tuple=True)
         factor = factors[layer, unit]
-        # the strongest first; UnitMem and the like are not kept by a file
+        # sorted by the strength of the edit, because an edit plan does not hold the scores that units were chosen by
         order = (1 - factor).abs().argsort(descending=True, stable=True)
         layer, unit, factor = layer[order], unit[order], factor[order]
         chosen = Selection(layer, unit, 1 - factor, row.by, row.fraction, row.scope, row.merge, row.seed)
@@ -126,7 +140,7 @@ class ModelBench:
         return EditPlan.of(self.model, chosen, factor, *(torch.from_numpy(images.ids) for images in seen))
 
     def _enter(self, row: Row, edits: ExitStack) -> Tensor:
-        """Make the row's edit, undone with ``edits``; what every unit is multiplied by, float64 [layers, units]."""
+        """Make the row's edit, which ``edits`` undoes, and return the factor of every unit, float64 [layers, units]."""
         factors = torch.ones(self.model.num_layers, self.model.num_units, dtype=torch.float64)
         for _ in range(0 if row.by == NO_EDIT.by else row.rounds):
             try:
@@ -139,10 +153,10 @@ class ModelBench:
         return factors
 
     def attack(self) -> np.ndarray:
-        """Similarity of every target to its completions, float32 [P,N]."""
+        """Return the similarity of every target and its completion from each prefix length, float32 [P,N]."""
         generated = attack(self.model, self.targets, self.prefixes, batch_size=self.batch_rows)
         return self.judge.similarities(self.model, self.targets, self.prefixes, generated)
 
     def quality(self, seed: int) -> dict[str, float]:
-        """Quality of the model as it is by metric, its samples drawn with ``seed``."""
+        """Return the metrics of the model with its present edits, by name, on samples drawn with ``seed``."""
         return self.measure(self.model, seed)

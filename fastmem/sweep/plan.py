@@ -1,4 +1,4 @@
-"""Which edits a sweep measures, in which order: explicit rows, each with a name of its own."""
+"""The plan of a sweep: the list of its rows, each an edit with a seed, in the order in which they are measured."""
 
 from __future__ import annotations
 
@@ -10,31 +10,41 @@ from dataclasses import asdict, dataclass, replace
 from fastmem.errors import UsageError
 from fastmem.ranking.selection import CONTROLS, MERGES, SCOPES, SELECTIONS
 
+# factor of the usual edit
 HALVED = 0.5
+# shares of all units that are edited by default
 FRACTIONS = (0.01, 0.02, 0.05, 0.10, 0.20)
-# "lowest" is a ranking and has no seed
+# the controls that draw units at random with a seed; the third control, "lowest", is a ranking
 DRAWN = ("random", "matched")
-# what the plan offers beside fastmem.select's own: scores from gradients, made anew for every model
+# a selection that ``fastmem.select`` does not have, because it needs gradients of the model
 ATTRIBUTION = "attribution"
 RANKINGS = (*(by for by in SELECTIONS if by not in (*CONTROLS, "scores")), ATTRIBUTION)
+# selections that are measured by default
 SELECTED = ("unitmem", "gap", "within-class", "class-selectivity", ATTRIBUTION, "lowest", *DRAWN)
-# factors for random units between no edit and none of the unit left, to find those of equal quality
+# further factors of random units, to find the factor at which they cost as much quality as an edit
 EQUAL_QUALITY_FACTORS = (0.75, 0.25, 0.0)
 
 
 def percent(fraction: float) -> str:
-    """A share in words."""
+    """Return a share in per cent, such as ``5 %``."""
     return f"{100 * fraction:.3g} %"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One edit of the plan.
+    """One edit of a plan, with one seed.
 
-    by: a selection, or "none" for the unedited model; fraction: share of all units; factor: of the chosen rows; seed:
-    of the samples, and of the units where these are random or matched; scope, merge: as ``fastmem.select``; graded:
-    ``factor`` is the best unit's and the others' rise to 1 with falling score; rounds: the units are chosen in so many
-    parts of equal size, each scored on the model that the parts before have edited.
+    Attributes:
+        by: selection that chooses the units, or "none" for the unedited model.
+        fraction: share of all units to scale, in (0,1].
+        factor: number that the units' rows of fc1 weights are multiplied by.
+        seed: seed of the samples, and of random and matched units.
+        scope: "global", or "per-layer" for equally many units in every layer.
+        merge: how the scores of a unit in several segments are combined: "max", "mean" or "sum".
+        graded: whether only the unit of highest score gets ``factor``, and the others factors that rise to 1 as the
+            score falls.
+        rounds: number of equal parts in which the units are chosen; each part is chosen on the model with the edits of
+            the parts before.
     """
 
     by: str
@@ -48,17 +58,17 @@ class Row:
 
     @property
     def key(self) -> str:
-        """The row's name on disk: 16 hexadecimal digits of its settings' SHA-256."""
+        """Name of the row's files: the first 16 hexadecimal digits of the SHA-256 of its settings."""
         return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
 
     @property
     def drawn(self) -> bool:
-        """Whether the seed draws the units."""
+        """Whether the units are drawn at random with the seed."""
         return self.by in DRAWN
 
     @property
     def title(self) -> str:
-        """The edit in words, without its seed."""
+        """A description of the edit for people, without its seed."""
         if self.by == "none":
             return "no edit"
         extras = [f"x{self.factor:g}" + (" to 1 by score" if self.graded else "")]
@@ -72,16 +82,25 @@ NO_EDIT = Row("none")
 
 @dataclass(frozen=True)
 class SweepSettings:
-    """What a sweep goes through.
+    """The settings of a sweep, which measures every combination of fraction, factor, selection and seed.
 
-    fractions, factors, by: every combination is a row for each seed; seeds: of random and matched units; declared:
-    the fraction that was named before anything was measured. There, at the first factor, these have ``declared_seeds``
-    seeds and the other selections ``seeds`` of the samples; the unedited model has ``declared_seeds`` of them.
-    equal_quality: those of the fractions at which random units of equal quality are looked for, the declared one when
-    None; scope, merge: of every selection.
+    Attributes:
+        declared: the fraction that the main results are stated for, fixed before anything was measured; there, at the
+            first factor, more seeds are measured.
+        fractions: shares of all units to scale, in (0,1].
+        factors: numbers that the units' rows of fc1 weights are multiplied by, in [0,1).
+        by: selections that choose the units, among them controls.
+        seeds: number of seeds of random and matched units, and at the declared fraction and first factor also of the
+            samples of every other selection; elsewhere those have a single seed.
+        declared_seeds: number of seeds of random and matched units at the declared fraction and first factor, and of
+            the samples of the unedited model.
+        equal_quality: fractions at which random units are measured at more factors, to find the factor at which they
+            cost as much quality as an edit; None for the declared fraction.
+        scope: "global", or "per-layer" for equally many units in every layer.
+        merge: how the scores of a unit in several segments are combined: "max", "mean" or "sum".
 
-    Raises: UsageError for an unknown selection, scope or merge, a fraction outside (0, 1], equal quality at another
-    fraction than the edits', a factor outside [0, 1) or fewer than 1 seed.
+    Raises: UsageError where a selection, scope or merge is unknown, a number is out of range, or ``equal_quality`` has
+    a fraction that ``fractions`` lacks.
     """
 
     declared: float
@@ -120,7 +139,7 @@ class SweepSettings:
 
 
 def plan_rows(settings: SweepSettings) -> tuple[Row, ...]:
-    """Every row once: the unedited model first, then by fraction, factor and selection."""
+    """Return the rows of a sweep, each once: the unedited model first, then by fraction, factor, selection and seed."""
     unedited = (replace(NO_EDIT, seed=seed) for seed in range(settings.declared_seeds))
     return tuple(dict.fromkeys((*unedited, *_edits(settings), *_equal_quality(settings))))
 
@@ -136,12 +155,14 @@ def _edits(settings: SweepSettings) -> Iterator[Row]:
 
 
 def _seeds(settings: SweepSettings, by: str, declared: bool) -> int:
+    """Return the number of seeds of a selection; ``declared`` says whether it is at the declared edit."""
     if by in DRAWN:
         return max(settings.seeds, settings.declared_seeds) if declared else settings.seeds
     return settings.seeds if declared else 1
 
 
 def _equal_quality(settings: SweepSettings) -> Iterator[Row]:
+    """Yield the rows of random units at more factors, for comparisons at equal quality."""
     declared = [settings.declared] if settings.declared in settings.fractions and "random" in settings.by else []
     for fraction in declared if settings.equal_quality is None else settings.equal_quality:
         for factor in sorted({*settings.factors, *EQUAL_QUALITY_FACTORS}, reverse=True):
@@ -150,5 +171,5 @@ def _equal_quality(settings: SweepSettings) -> Iterator[Row]:
 
 
 def plan_hash(rows: Sequence[Row]) -> str:
-    """SHA-256 over the rows in order, as hex."""
+    """Return the SHA-256 of the rows in their order, in hexadecimal."""
     return hashlib.sha256("\n".join(row.key for row in rows).encode()).hexdigest()

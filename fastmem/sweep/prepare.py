@@ -1,4 +1,4 @@
-"""What all rows of a sweep share, made once: targets and their halves, true images for losses, the reference."""
+"""Prepare what all rows of a sweep share: targets and their halves, real images for losses, and the reference."""
 
 from __future__ import annotations
 
@@ -29,17 +29,22 @@ from fastmem.sweep.table import TargetSet
 from fastmem.tokens.cache import TokenCache
 from fastmem.tokens.true_images import TrueImages, spread
 
-# seeds of rows are below it
+# larger than every row's seed, so that sweeps with different seeds never use the same numbers
 SEED_STRIDE = 100_003
 
 
 @dataclass(frozen=True)
 class BenchSettings:
-    """What a sweep measures every row with.
+    """Settings of the measurements, the same for all rows of a sweep.
 
-    prefixes: in tokens, ascending; samples: whose quality is measured; halved: whether targets that units can be chosen
-    by are kept apart from those that are reported; seed: of the halves and of all draws; batch_size: samples drawn at
-    once; a smaller one than usual bounds the completions and the images of a backward pass, too.
+    Attributes:
+        prefixes: prefix lengths, in tokens, ascending.
+        samples: number of samples whose quality is measured; 0 measures losses only.
+        halved: whether results are reported on one half of the targets only, because units may be chosen on the other.
+        top_per_class: number of targets of every class.
+        seed: seed of the halves and of all random draws.
+        batch_size: number of samples drawn at once; below the usual number it also limits the completions, and the
+            images of a backward pass, that are computed at once.
     """
 
     prefixes: tuple[int, ...]
@@ -51,19 +56,23 @@ class BenchSettings:
 
     @property
     def batch_rows(self) -> int:
-        """Rows that are completed at once."""
+        """Number of completions computed at once."""
         return BATCH_ROWS if self.batch_size >= BATCH else self.batch_size
 
     def seed_of(self, row_seed: int) -> int:
-        """The seed of a row's draws: sweeps of different seeds share none."""
+        """Return the seed of the random draws of a row with seed ``row_seed``."""
         return self.seed * SEED_STRIDE + row_seed
 
 
 @dataclass(frozen=True, eq=False)
 class Prepared:
-    """The bench with what it attacks.
+    """The bench of a sweep with its targets.
 
-    targets: all of them; counted: how they are counted.
+    Attributes:
+        settings: settings of the measurements.
+        bench: makes the edits of rows, attacks the targets and measures the quality.
+        targets: all images that are attacked.
+        counted: the classes of the targets, and which of them are reported.
     """
 
     settings: BenchSettings
@@ -87,30 +96,30 @@ def prepare(
     features: Path | None = None,
     reporter: Reporter = SILENT,
 ) -> Prepared:
-    """Read and tokenize what every row needs.
+    """Return the bench and the targets of a sweep, with all images read and tokenized.
+
+    Attribution chooses units on one half of the targets and of the held-out images. Counts and losses are reported on
+    the other halves.
 
     Args:
         model: the unedited model.
         sources: images of the sets "train" and "heldout".
-        manifests: their order, by set.
-        stats: their statistics, by set.
+        manifests: order of the images by set.
+        stats: statistics of the images by set.
         hits: candidate scores of the training images, float [N] in manifest order.
-        judge: who decides whether a target was extracted.
-        extractor: makes features of the samples; None measures losses alone.
-        settings: what every row is measured with.
-        groups: ids of training images that are counted apart, by name.
-        tokens: where tokens are looked up; None encodes all images.
-        features: folder where features of the reference are kept; None keeps none.
-        reporter: is told of images that are read.
+        judge: measures how similar completions and their targets are.
+        extractor: computes features of the samples; None measures losses only.
+        settings: settings of the measurements.
+        groups: ids of training images that are also counted by themselves, by name.
+        tokens: where tokens are looked up; None for no cache.
+        features: folder where features of the reference are saved; None saves nothing.
+        reporter: is given the number of images to read, and the number of images read.
 
-    Units chosen by attribution see one half of the targets and of the held-out images; counts and losses are reported
-    on the other halves.
-
-    Raises: UsageError without a held-out set; InputFileError where no image can be read.
+    Raises: UsageError where there is no held-out set; InputFileError where no image of a set can be read.
     """
     if "heldout" not in manifests:
         raise UsageError(
-            "expected a run with held-out images, by which quality is measured, got one without: score it with "
+            "expected a run with held-out images, on which quality is measured, got a run without: score again with "
             "--heldout PATH"
         )
     positions = highest_per_class(manifests["train"], hits, settings.top_per_class)
@@ -141,7 +150,7 @@ def _quality(
     cache: Path | None,
     reporter: Reporter,
 ) -> Callable[[Model, int], dict[str, float]]:
-    """What measures a model: losses, and with an extractor its samples against the held-out images of ``source``."""
+    """Return a function that gives a model's losses and, with an extractor, metrics of its samples, for a seed."""
     if extractor is None:
         return lambda model, seed: mean_losses(model, losses)
     reference = read_reference(
@@ -161,7 +170,7 @@ def _quality(
 def _memorised(
     model: Model, targets: Targets, chosen_by: np.ndarray, judge: Judge, settings: BenchSettings
 ) -> TrueImages:
-    """Targets of the choosing half that the unedited model gives away; the whole half where it gives none."""
+    """Return the targets that units may be chosen on and that are extracted without an edit, or all where none are."""
     half = targets.take(chosen_by)
     longest = settings.prefixes[-1:]
     completed = attack(model, half, longest, batch_size=settings.batch_rows)

@@ -1,6 +1,6 @@
-"""Attacking an edited model again: other prefixes, other views, other candidates, and rows scaled back.
+"""Attack an edited model in other ways: other prefix lengths, other views, other candidates, and rows scaled back.
 
-The same attacks on the unedited model stand beside each count, for a longer prefix gives more of any image away.
+The unedited model is attacked in the same ways, because for instance a longer prefix extracts more from any model.
 """
 
 from __future__ import annotations
@@ -31,19 +31,20 @@ from fastmem.tokens.cache import TokenCache
 from fastmem.tokens.true_images import read_true_images
 
 SCHEMA = "fastmem.re-attack/1"
-# shares of an image's tokens: one shorter than the ladder's longest prefix, which is about an eighth, and two longer
+# prefix lengths as shares of an image's tokens: one below and two above that of the usual attack, about an eighth
 PREFIX_SHARES = (1 / 16, 1 / 4, 1 / 2)
 
 
 class Editor(Protocol):
-    """Makes a row's edit while entered, as ``fastmem.sweep.table.Bench``."""
+    """An object that makes the edit of a row."""
 
-    def edited(self, row: Row) -> AbstractContextManager[int]: ...
+    def edited(self, row: Row) -> AbstractContextManager[int]:
+        """Return a context in which the model has the row's edit, and whose value is the number of scaled units."""
 
 
 @dataclass(frozen=True, eq=False)
 class Approach:
-    """One way to attack: whose images, by their tokens, and how many of these the attacker has."""
+    """One way to attack: the images to attack, with their tokens, and the prefix length in tokens."""
 
     name: str
     targets: Targets
@@ -52,7 +53,15 @@ class Approach:
 
 @dataclass(frozen=True)
 class Attempt:
-    """What an approach found: how many of its targets the unedited model gives away, and how many the edited one."""
+    """The result of one way to attack an edit.
+
+    Attributes:
+        approach: name of the way to attack.
+        prefix: prefix length, in tokens.
+        targets: number of targets.
+        before: number of targets extracted from the unedited model.
+        after: number of targets extracted from the edited model.
+    """
 
     approach: str
     prefix: int
@@ -63,10 +72,13 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Rescaling:
-    """What an attacker gains who looks for scaled rows and scales them back.
+    """The result of an attacker who looks for rows that an edit scaled, scales them back and attacks again.
 
-    knows: what of the edit; found, wrong: rows taken for scaled that are, and that are not; extracted: targets, from
-    the model with all of those scaled back.
+    Attributes:
+        knows: what the attacker knows about the edit.
+        found: number of rows scaled back that the edit had scaled.
+        wrong: number of rows scaled back that the edit had not scaled.
+        extracted: number of targets extracted afterwards.
     """
 
     knows: str
@@ -77,7 +89,15 @@ class Rescaling:
 
 @dataclass(frozen=True)
 class ReAttack:
-    """All attempts on one edit. units: how many are scaled; rescalings: empty for rows of zeros, which hold nothing."""
+    """The results of all attacks on one edit.
+
+    Attributes:
+        row: the edit.
+        units: number of units that the edit scales.
+        attempts: a result for each way to attack.
+        rescalings: results of attackers who scale rows back; empty where the edit sets rows to 0, because then nothing
+            is left to scale.
+    """
 
     row: Row
     units: int
@@ -85,21 +105,22 @@ class ReAttack:
     rescalings: tuple[Rescaling, ...]
 
     def record(self) -> dict[str, Any]:
-        """As the file and ``--json`` have it."""
+        """Return the results as a dictionary for a JSON document."""
         return asdict(self)
 
     @classmethod
     def of(cls, record: dict[str, Any]) -> ReAttack:
-        """What ``record`` gave."""
+        """Return the results from a dictionary that ``record`` made."""
         attempts = tuple(Attempt(**a) for a in record["attempts"])
         return cls(Row(**record["row"]), record["units"], attempts, tuple(Rescaling(**r) for r in record["rescalings"]))
 
 
 class Attacker:
-    """Attacks a model's edits again, with what is the same for all of them prepared once.
+    """Attacks edits of a model in several ways; what does not depend on the edit is computed once.
 
-    source, manifest: the training images; targets: those that no edit was chosen by; chosen_by: int64 ids of the
-    others; prefix: the published attack's, in tokens; cache: of tokens, since every edit is tried on all images.
+    Attributes:
+        approaches: the ways to attack whose targets do not depend on the edit.
+        before: number of targets that each of them extracts from the unedited model.
     """
 
     def __init__(
@@ -113,6 +134,18 @@ class Attacker:
         prefix: int,
         cache: TokenCache | None = None,
     ) -> None:
+        """Prepare the ways to attack, and attack the unedited model.
+
+        Args:
+            model: the unedited model.
+            source: the training images.
+            manifest: the order of the training images.
+            judge: measures how similar completions and their targets are.
+            targets: targets that no units were chosen on.
+            chosen_by: ids of the targets that units may have been chosen on, int64 [m]; they are not attacked.
+            prefix: prefix length of the usual attack, in tokens.
+            cache: where tokens are looked up; useful, because all training images are encoded for every edit.
+        """
         self.model, self.source, self.manifest, self.judge = model, source, manifest, judge
         self.chosen_by, self.prefix, self.cache = chosen_by, prefix, cache
         self.approaches = self._approaches(targets)
@@ -125,15 +158,16 @@ class Attacker:
         state: Path | None = None,
         reporter: Reporter = SILENT,
     ) -> ReAttack:
-        """Every approach on one edit.
+        """Attack one edit in every way.
 
         Args:
             row: the edit.
             editor: makes the edit.
-            state: file in which the pass over all images for other candidates is kept, so that it goes on.
-            reporter: is told of the images of that pass.
+            state: file where the pass that looks for other candidates among all images is saved, so that it can be
+                resumed; None saves nothing.
+            reporter: is given the number of images that this pass has done.
 
-        Raises: RowUnavailable where the edit's units cannot be chosen.
+        Raises: RowUnavailable where the units of the edit cannot be chosen.
         """
         with editor.edited(row) as units:
             after = [self._count(approach) for approach in self.approaches]
@@ -145,13 +179,13 @@ class Attacker:
         return ReAttack(row, units, tuple(attempts), rescalings)
 
     def _count(self, approach: Approach) -> int:
-        """Targets that the model gives away as it is."""
+        """Return the number of targets extracted from the model with its present edits."""
         generated = attack(self.model, approach.targets, [approach.prefix])
         similarity = self.judge.similarities(self.model, approach.targets, [approach.prefix], generated)
         return int((similarity > self.judge.threshold).sum())
 
     def _approaches(self, targets: Targets) -> list[Approach]:
-        """The published attack, then other prefixes, then other views of the same images."""
+        """Return the published attack, then those with other prefix lengths, then those with other views."""
         published = Approach("as published", targets, self.prefix)
         lengths = [Approach(f"prefix of {n} tokens", targets, n) for n in other_prefixes(self.model, self.prefix)]
         crop = self._see(targets, self.model.view_recipe(1))
@@ -164,13 +198,13 @@ class Attacker:
         ]
 
     def _see(self, targets: Targets, recipe: Views) -> Targets:
-        """The same images in the first view of ``recipe``: what comes back is compared with that view."""
+        """Return the same images with the tokens of the first view of ``recipe``, so that they are attacked with it."""
         positions = np.flatnonzero(np.isin(self.manifest.ids, targets.ids))
         found = read_true_images(self.model, self.source, self.manifest, positions, recipe=recipe, cache=self.cache)
         return replace(targets.take(np.isin(targets.ids, found.ids)), tokens=found.tokens)
 
     def _other_candidates(self, state: Path | None = None, reporter: Reporter = SILENT) -> Approach:
-        """The highest of every class by the model as it is, without those that the edit was chosen by."""
+        """Return an attack on the best candidates of the edited model, without images that units were chosen on."""
         if state is not None and state.exists():
             hits = ImageLosses.load(state, self.manifest.hash).hits
             reporter.advance(len(self.manifest))
@@ -184,6 +218,7 @@ class Attacker:
         return Approach("candidates of the edited model", found, self.prefix)
 
     def _rescalings(self, row: Row, units: int) -> list[Rescaling]:
+        """Return the results of attackers who scale rows back, by what they know about the edit."""
         if row.factor == 0:
             return []
         share = units / (self.model.num_layers * self.model.num_units)
@@ -195,16 +230,18 @@ class Attacker:
         return [self._rescale(knows, rows, edited) for knows, rows in suspects.items()]
 
     def _rescale(self, knows: str, rows: SuspectRows, edited: set[int]) -> Rescaling:
+        """Scale rows back, attack, and undo it; ``edited`` holds the numbers of the rows that the edit scaled."""
         found = len(self._keys([rows]) & edited)
         with scale_units(self.model, rows, rows.factor):
             return Rescaling(knows, found, len(rows) - found, self._count(self.approaches[0]))
 
     def _keys(self, edits: Sequence[Units]) -> set[int]:
+        """Return a number for each unit of some edits."""
         return {k for edit in edits for k in (edit.layer * self.model.num_units + edit.unit).tolist()}
 
 
 def other_prefixes(model: Model, prefix: int) -> list[int]:
-    """Prefixes, in tokens, that are not ``prefix``: those that the model allows nearest to a 1/16, 1/4 and 1/2."""
+    """Return the allowed prefix lengths nearest to 1/16, 1/4 and 1/2 of an image's tokens, without ``prefix`` itself."""
     nearest = [min(model.prefix_lengths, key=lambda n: abs(n - share * model.num_tokens)) for share in PREFIX_SHARES]
     return [n for n in dict.fromkeys(nearest) if n not in (prefix, model.num_tokens)]
 
@@ -216,17 +253,19 @@ def attack_edits_again(
     folder: Path,
     reporter: Reporter = SILENT,
 ) -> list[ReAttack]:
-    """``attack_again`` for every row whose units can be chosen, a file each; files that are there are read.
+    """Attack every edit in all ways, and save the results of each to a file, which later calls read.
+
+    Edits whose units cannot be chosen are left out.
 
     Args:
-        make_attacker: is called once, where a file is missing.
+        make_attacker: makes the attacker; it is called once, and only where a file is missing.
         rows: the edits.
-        editor: makes them.
-        folder: where the files lie.
-        reporter: is told of the images of every edit's pass over all of them.
+        editor: makes the edits.
+        folder: where the files are saved.
+        reporter: is given the number of images done in each edit's pass over all training images.
 
-    Raises: InputFileError for a damaged file; UsageError where the folder cannot be written. KeyboardInterrupt keeps
-    what was done.
+    Raises: InputFileError where a file is damaged; UsageError where the folder cannot be written; KeyboardInterrupt on
+    Ctrl-C, after the progress was saved.
     """
     found, attacker = [], None
     for row in rows:
@@ -235,7 +274,7 @@ def attack_edits_again(
             attacker = attacker or make_attacker()
             try:
                 made = attacker.attack_again(row, editor, state, reporter)
-            # the table has the row with the reason
+            # the table of the sweep says why the units cannot be chosen
             except RowUnavailable:
                 continue
             write_json(file, {"schema": SCHEMA, **made.record()})

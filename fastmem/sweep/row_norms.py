@@ -1,7 +1,7 @@
-"""The attacker who holds the weights: looks for fc1 rows of unusually small norm, and scales them back.
+"""Find fc1 rows that an edit may have scaled, by their unusually small norms, as an attacker with the weights would.
 
-Within a layer the logarithm of a row's norm is about normal. Its centre and spread are first told by the median and the
-scaled median absolute deviation, which few edited rows hardly move.
+The logarithms of the row norms of a layer have about a normal distribution. Its centre and spread are estimated by the
+median and the scaled median absolute deviation, on which a few edited rows have little influence.
 """
 
 from __future__ import annotations
@@ -14,19 +14,21 @@ from torch import Tensor
 
 from fastmem.models.model import Model
 
-# median absolute deviation to standard deviation, and how unusual is an outlier (Iglewicz and Hoaglin 1993)
+# standard deviation of a normal distribution as a multiple of its median absolute deviation
 SPREAD = 1.4826
+# deviation of an outlier, in standard deviations (Iglewicz and Hoaglin 1993)
 OUTLIER = 3.5
-# rounds of the fit, which settles in a few; a spread below this is none
+# rounds of expectation maximisation, which converges in fewer
 FITS = 30
+# lower bound of the spread, which must not be 0
 SMALLEST = 1e-12
 
 
 @dataclass(frozen=True, eq=False)
 class SuspectRows:
-    """Rows that the attacker takes for scaled.
+    """Rows that the attacker believes were scaled, given by ``layer`` and ``unit``, int64 [n].
 
-    layer, unit: int64 [n]; factor: what they are multiplied by, float64 [n].
+    ``factor``, float64 [n], is the number that the attacker multiplies each row by to scale it back.
     """
 
     layer: Tensor
@@ -38,17 +40,20 @@ class SuspectRows:
 
 
 def find_small_rows(model: Model) -> SuspectRows:
-    """Rows whose log norm is over 3.5 robust deviations below their layer's median; each goes back to the median."""
+    """Return the rows whose log norm is over 3.5 robust deviations below the median of their layer.
+
+    Their factors scale them back to the median norm.
+    """
     logs, centre, spread = _log_norms(model)
     return _suspects(logs, (centre - logs) > OUTLIER * spread, (centre - logs).exp())
 
 
 def find_rows_scaled_by(model: Model, factor: float, share: float) -> SuspectRows:
-    """Rows that are likelier to be scaled by ``factor`` than not, where a ``share`` of all rows was.
+    """Return the rows that are more likely scaled than not, if the attacker knows the factor and the share of rows.
 
-    factor: in (0, 1); share: in (0, 1]; both are what the attacker knows of the edit. A layer's log norms are
-    then two normal laws of one spread, a share of them log(factor) below the others; centre and spread are fitted by
-    expectation maximisation.
+    ``factor``, in (0,1), is the factor of the edit, and ``share``, in (0,1], the share of all rows that it scaled. The
+    log norms of a layer are modelled as a mixture of two normal distributions of equal spread, in which the scaled rows
+    are centred at log(factor) below the others. Centre and spread are fitted by expectation maximisation.
     """
     logs, centre, spread = _log_norms(model)
     if share >= 1:
@@ -65,9 +70,9 @@ def find_rows_scaled_by(model: Model, factor: float, share: float) -> SuspectRow
 
 
 def _log_norms(model: Model) -> tuple[Tensor, Tensor, Tensor]:
-    """Log norm of every row, float64 [layers, units], with centre and spread of its layer, [layers, 1]."""
+    """Return the log norm of every row, float64 [layers, units], and centre and spread by layer, [layers, 1]."""
     norms = torch.stack([layer.weight.double().norm(dim=1).cpu() for layer in model.fc1_layers])
-    # a row of zeros has no direction to scale back
+    # the logarithm of 0 would be infinite; rows of zeros are left out later, because nothing can be scaled back
     logs = norms.clamp_min(torch.finfo(torch.float64).tiny).log()
     centre = logs.median(1, keepdim=True).values
     spread = SPREAD * (logs - centre).abs().median(1, keepdim=True).values
@@ -75,6 +80,7 @@ def _log_norms(model: Model) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _suspects(logs: Tensor, mask: Tensor, factors: Tensor) -> SuspectRows:
+    """Return the rows that ``mask`` marks, without rows of zeros."""
     mask = mask & (logs > math.log(torch.finfo(torch.float64).tiny))
     layer, unit = mask.nonzero(as_tuple=True)
     return SuspectRows(layer, unit, factors[layer, unit])

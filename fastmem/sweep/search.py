@@ -1,12 +1,13 @@
-"""The search for the edit that reaches a reduction at the least loss of quality.
+"""Search for the edit that prevents a given share of the extractions at the least loss of quality.
 
-For every recipe (a selection with its factor, scope and rounds) the smallest fraction of units that reaches the
-reduction is found by bisection on a ladder; only that edit's quality is measured. The reduction is that of the targets
-which no units were chosen by, so that all recipes are compared at one that holds for targets unseen; the ladder is all
-that is fitted to them. The other half, which attribution saw, stands beside it.
+A recipe is a selection of units with a factor, a scope and a number of rounds. For every recipe, bisection over a list
+of fractions finds the smallest fraction of units that reaches the wanted reduction of extracted targets. The quality is
+measured only at that fraction. The reduction is measured on the half of the targets that no units were chosen on, so
+only the fraction is fitted to them. The reduction on the other half, which attribution uses, is reported as well.
 
-The cheapest of many edits looks cheaper than it is, by the chance of its samples: the best few are sampled anew, beside
-halving by UnitMem, at random and the unedited model, and stated by those samples alone.
+The cheapest of many edits tends to look cheaper than it is, by chance. Therefore the cheapest few edits are measured
+again on new samples, together with the unedited model and with halving the units of highest UnitMem and random units.
+Only the new samples count for the result.
 """
 
 from __future__ import annotations
@@ -25,24 +26,32 @@ from fastmem.sweep.bootstrap import LEVEL, holm
 from fastmem.sweep.plan import ATTRIBUTION, HALVED, NO_EDIT, Row
 from fastmem.sweep.table import Measured, Table, TargetSet, mean_of
 
+# fractions of all units that are tried
 LADDER = (0.01, 0.02, 0.03, 0.05, 0.07, 0.10, 0.15, 0.20, 0.30, 0.40, 0.50, 0.70, 1.0)
 FACTORS = (HALVED, 0.25, 0.0)
 SEARCHED = ("unitmem", "within-class", "gap", ATTRIBUTION)
-# a metric of samples varies with their seed: of what is compared, a mean is taken
+# edits are compared by means over this many seeds, because metrics of samples vary with the seed
 SEEDS = 3
-# so many of the cheapest edits are sampled anew, with so many seeds
+# number of cheapest edits that are measured again on new samples, and number of their seeds
 FINALISTS = 5
 FRESH_SEEDS = 8
-# with the unedited model and both halvings
+# the finalists, the unedited model and the two recipes below
 CONFIRMED = FINALISTS + 3
-# what every result stands beside
+# recipes that every result is compared with: halving the units of highest UnitMem, and random units
 PLAIN = Row("unitmem", 0.0, HALVED)
 RANDOM = Row("random", 0.0, HALVED)
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds, with its 95 % interval and the p value of 0 by Student's t."""
+    """A mean over seeds with its uncertainty by Student's t distribution.
+
+    Attributes:
+        value: the mean.
+        low: lower end of its 95 % interval.
+        high: upper end of its 95 % interval.
+        p_value: two-sided p-value of the hypothesis that the mean is 0.
+    """
 
     value: float
     low: float
@@ -51,7 +60,7 @@ class Estimate:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Estimate:
-        """The mean of at least two values."""
+        """Return the mean of at least two values with its uncertainty."""
         mean, error = float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(len(values)))
         law = stats.t(len(values) - 1)
         reach = float(law.ppf((1 + LEVEL) / 2)) * error
@@ -61,11 +70,15 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Confirmation:
-    """An edit's loss of quality by samples that had no part in its choice.
+    """The loss of quality of an edit, measured on new samples that had no influence on its choice.
 
-    seeds: of the samples; cost: against the unedited model; beside_plain: that cost minus the cost of halving by
-    UnitMem; beside_half: minus half of it, which is the goal; None without such an edit; differences are by seed. holm:
-    the p value of beside_plain, corrected over all edits that were confirmed.
+    Attributes:
+        seeds: number of seeds of the new samples.
+        cost: loss of quality against the unedited model.
+        beside_plain: this cost minus the cost of halving by UnitMem, compared seed by seed; None where halving by
+            UnitMem does not reach the reduction, or is this edit.
+        beside_half: this cost minus half the cost of halving by UnitMem; None in the same cases.
+        holm: p-value of ``beside_plain``, corrected by Holm's method over all edits that were measured again.
     """
 
     seeds: int
@@ -77,11 +90,17 @@ class Confirmation:
 
 @dataclass(frozen=True, eq=False)
 class Reached:
-    """The smallest edit of a recipe that reaches the reduction.
+    """The smallest edit of a recipe that reaches the wanted reduction of extracted targets.
 
-    measured: with every seed, the first of which was searched with; reduction: of the targets that no units were chosen
-    by; seen_reduction: of the half that attribution saw, unseen by all else; cost: loss of quality; all are means over
-    the seeds. confirmation: of the best few.
+    Reductions and cost are means over the seeds.
+
+    Attributes:
+        measured: the edit's rows, one for each seed; the search itself used the first.
+        reduction: share of the extracted targets that are no longer extracted, among the targets that no units were
+            chosen on.
+        seen_reduction: the same share among the other half of the targets, on which attribution chooses units.
+        cost: loss of quality against the unedited model.
+        confirmation: loss of quality on new samples; None where the edit was not measured again.
     """
 
     measured: tuple[Measured, ...]
@@ -92,11 +111,11 @@ class Reached:
 
     @property
     def row(self) -> Row:
-        """The edit, with the first seed."""
+        """The edit, with its first seed."""
         return self.measured[0].row
 
     def record(self) -> dict[str, Any]:
-        """As ``--json`` has it."""
+        """Return the edit and its results as a dictionary for a JSON document."""
         return asdict(self.row) | {
             "units": self.measured[0].units,
             "reduction": self.reduction,
@@ -108,7 +127,10 @@ class Reached:
 
 
 def recipes(by: Sequence[str] = SEARCHED) -> list[Row]:
-    """What is searched: halving by UnitMem and at random, and recipes of the selections ``by``; fractions are open."""
+    """Return the recipes to search: those of the selections ``by``, and halving by UnitMem and at random.
+
+    A recipe is a row with the fraction 0, which stands for any fraction.
+    """
     chosen = [name for name in SEARCHED if name in by]
     plain = [Row(name, 0.0, factor) for name in chosen for factor in FACTORS]
     graded = [Row(name, 0.0, 0.0, graded=True) for name in chosen]
@@ -118,15 +140,15 @@ def recipes(by: Sequence[str] = SEARCHED) -> list[Row]:
 
 
 def check_reduction(reduction: float) -> None:
-    """Raises: UsageError for a reduction outside (0, 1]."""
+    """Check the wanted reduction, a share. Raises: UsageError where it is not in (0,1]."""
     if not 0 < reduction <= 1:
         raise UsageError(f"expected a reduction above 0 and up to 1, got {reduction}")
 
 
 def most_work(rows: Sequence[Row]) -> tuple[int, int]:
-    """How many attacks and how many measurements of quality a search of these recipes takes at most."""
+    """Return the greatest numbers of attacks and of measurements of quality that a search of these recipes takes."""
     attacks = math.ceil(math.log2(len(LADDER) + 1))
-    # of random units each seed is attacked by itself
+    # random units are other units with every seed, so each seed is attacked
     drawn = SEEDS - 1 + FRESH_SEEDS
     return 1 + len(rows) * attacks + drawn, (1 + len(rows)) * SEEDS + CONFIRMED * FRESH_SEEDS
 
@@ -139,26 +161,28 @@ def search(
     rows: Sequence[Row],
     reporter: Reporter = SILENT,
 ) -> list[Reached]:
-    """The smallest edit of every recipe that reaches ``reduction``, cheapest first; recipes that never do are left out.
+    """Return the smallest edit of every recipe that reaches a reduction, cheapest first.
+
+    Recipes that do not reach the reduction with any fraction are left out.
 
     Args:
-        table: where measured rows are kept.
-        targets: what is counted.
-        reduction: the share of the extracted targets that are no longer extracted, in (0, 1]; counted are those that no
-            units were chosen by.
-        cost: a metric that rises as quality falls.
-        rows: recipes, whose fraction is open.
-        reporter: is told of every recipe that is done, and of ``CONFIRMED`` steps more.
+        table: measures rows, and saves them.
+        targets: the targets, and which of them are reported.
+        reduction: wanted share, in (0,1], of the extracted targets that are no longer extracted; counted are the
+            targets that no units were chosen on.
+        cost: the metric whose rise is the loss of quality.
+        rows: the recipes.
+        reporter: is told when a recipe is done, and then of ``CONFIRMED`` more steps.
 
-    Raises: UsageError for a reduction outside (0, 1], or where the unedited model gives nothing away on either half.
+    Raises: UsageError where ``reduction`` is out of range, or the unedited model gives away no target of a half.
     """
     check_reduction(reduction)
     unedited = unedited_rows(table)
     base = _counts(targets, unedited[0])
     if 0 in base:
         raise UsageError(
-            f"expected a model that gives targets away in both halves, got {base[0]} and {base[1]} of them: there is "
-            "nothing to reduce"
+            f"expected a model from which targets of both halves are extracted, got {base[0]} and {base[1]} of them: "
+            "there is nothing to reduce"
         )
     found = []
     for recipe in rows:
@@ -173,17 +197,17 @@ def search(
 
 
 def unedited_rows(table: Table) -> list[Measured]:
-    """The unedited model with the seeds that edits are searched with."""
+    """Return the rows of the unedited model, with the same seeds as the edits of a search."""
     return _sampled(table, NO_EDIT)
 
 
 def _sampled(table: Table, row: Row, seeds: Sequence[int] = range(SEEDS)) -> list[Measured]:
-    """A row with several seeds of its samples, and of its units where these are drawn."""
+    """Return a row measured with several seeds."""
     return [table.measure(replace(row, seed=seed)) for seed in seeds]
 
 
 def _confirmed(table: Table, reached: Sequence[Reached], cost: str, reporter: Reporter) -> list[Reached]:
-    """What was reached, with confirmations of the cheapest few and of halving by UnitMem and at random."""
+    """Return the edits, of which the cheapest few and the two halvings are measured again on new samples."""
     seeds = range(SEEDS, SEEDS + FRESH_SEEDS)
     plain = plain_halving(reached)
     controls = [r for r in reached if replace(r.row, fraction=0.0) in (PLAIN, RANDOM)]
@@ -200,7 +224,7 @@ def _confirmed(table: Table, reached: Sequence[Reached], cost: str, reporter: Re
 
 
 def _confirmation(costs: Mapping[Row, np.ndarray], edit: Reached, plain: Reached | None) -> Confirmation:
-    """From costs by seed, float64 [seeds] each, of the edit, of halving by UnitMem and of the unedited model."""
+    """Return the confirmation of an edit, from the costs of every row by seed, float64 [seeds]."""
     rise = costs[edit.row] - costs[NO_EDIT]
     if plain is None or edit is plain:
         return Confirmation(len(rise), Estimate.of(rise), None, None)
@@ -209,32 +233,30 @@ def _confirmation(costs: Mapping[Row, np.ndarray], edit: Reached, plain: Reached
 
 
 def plain_halving(reached: Sequence[Reached]) -> Reached | None:
-    """Halving by UnitMem among what was reached, by which the others are measured."""
+    """Return halving by UnitMem, which other edits are compared with, or None where it does not reach the reduction."""
     return next((r for r in reached if replace(r.row, fraction=0.0) == PLAIN), None)
 
 
 def beats(edit: Reached) -> bool:
-    """Whether an edit surely costs less than halving by UnitMem at the same reduction, by fresh samples."""
+    """Return whether an edit costs significantly less than halving by UnitMem, on new samples."""
     found = edit.confirmation
     return bool(found and found.beside_plain and found.beside_plain.value < 0 and found.holm <= 1 - LEVEL)
 
 
 def _counts(targets: TargetSet, measured: Measured) -> tuple[int, int]:
-    """Targets extracted with the longest prefix of the half that no units were chosen by, and of the other."""
+    """Return how many reported targets, and how many others, are extracted from the longest prefix."""
     extracted = targets.extracted(measured)[-1]
     return int(np.count_nonzero(extracted & targets.reported)), int(np.count_nonzero(extracted & ~targets.reported))
 
 
 def _smallest(table: Table, targets: TargetSet, recipe: Row, allowed: int) -> Row | None:
-    """The recipe at the smallest fraction of the ladder with at most ``allowed`` targets extracted; None without one.
-
-    More units are taken to leave fewer targets.
-    """
+    """Return the recipe at the smallest fraction with at most ``allowed`` extracted targets, or None without one."""
+    # bisection assumes that more units never leave more targets extracted
     low, high = 0, len(LADDER)
     while low < high:
         middle = (low + high) // 2
         measured = table.measure(replace(recipe, fraction=LADDER[middle]), with_quality=False)
-        # a selection that cannot be made of these units cannot be made of more
+        # where this many units cannot be chosen, more cannot be chosen either
         if measured.missing or _counts(targets, measured)[0] <= allowed:
             high = middle
         else:

@@ -1,4 +1,4 @@
-"""The table of a sweep: a row is measured once and kept whole in a file, so that a restart never repeats it."""
+"""The table of a sweep: every row is measured once and saved to a file, so that an interrupted sweep can be resumed."""
 
 from __future__ import annotations
 
@@ -22,31 +22,37 @@ SCHEMA = "fastmem.sweep-row/2"
 
 
 class RowUnavailable(UsageError):
-    """A row whose units cannot be chosen, such as matched ones of more than half a layer; the sweep goes on."""
+    """Raised for a row whose units cannot be chosen; the sweep records the reason and continues with the next row."""
 
 
 class Bench(Protocol):
-    """What rows are measured with: a model whose targets, prefixes and reference were prepared once."""
+    """An object that makes the edit of a row, attacks the edited model and measures its quality."""
 
     def edited(self, row: Row) -> AbstractContextManager[int]:
-        """The model with the row's edit while entered; gives the number of units that were scaled.
+        """Return a context in which the model has the row's edit, and whose value is the number of scaled units.
 
         Raises: RowUnavailable where the row's units cannot be chosen.
         """
 
     def attack(self) -> np.ndarray:
-        """Similarity of every target to what greedy generation makes of its prefixes, float32 [P,N]."""
+        """Return the similarity of every target and its greedy completion from each prefix length, float32 [P,N]."""
 
     def quality(self, seed: int) -> dict[str, float]:
-        """Quality by metric of the model as it is, its samples drawn with ``seed``."""
+        """Return the metrics of the model with its present edits, by name, on samples drawn with ``seed``."""
 
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """A finished row.
+    """A row with its results.
 
-    similarity: float32 [P,N], empty where the row is not available; metrics: None where quality was not asked for;
-    units: how many were scaled; seconds: of the measurement; missing: why the row is not available, else empty.
+    Attributes:
+        row: the edit and its seed.
+        similarity: similarity of every target and its completion from each prefix length, float32 [P,N]; empty where
+            the units could not be chosen.
+        metrics: values by name; None where quality was not measured.
+        units: number of scaled units.
+        seconds: duration of the measurement.
+        missing: why the units could not be chosen; empty where they could.
     """
 
     row: Row
@@ -57,14 +63,14 @@ class Measured:
     missing: str = ""
 
     def save(self, path: Path) -> None:
-        """Write the row. Raises: UsageError where the place cannot be written."""
+        """Write the row to a safetensors file. Raises: UsageError where the folder cannot be written."""
         header = {name: value for name, value in vars(self).items() if name != "similarity"}
         header["row"] = asdict(self.row)
         write_tensors(path, {"similarity": torch.from_numpy(self.similarity)}, SCHEMA, header)
 
     @classmethod
     def load(cls, path: Path) -> Measured:
-        """Read what ``save`` wrote. Raises: InputFileError for a missing, damaged or foreign file."""
+        """Read a row from a file that `save` wrote. Raises: InputFileError where it is missing or damaged."""
         tensors, header = read_tensors(path, SCHEMA)
         known = {name: header[name] for name in ("metrics", "units", "seconds", "missing")}
         return cls(Row(**header["row"]), tensors["similarity"].numpy(), **known)
@@ -72,11 +78,14 @@ class Measured:
 
 @dataclass(frozen=True, eq=False)
 class TargetSet:
-    """The targets of a table.
+    """The targets of a sweep, and when they count as extracted.
 
-    classes: int64 [N]; reported: bool [N], those that no units were chosen by; prefixes: in tokens, the last is the one
-    that is compared; threshold: similarity above which a target counts as extracted; groups: masks bool [N] by name
-    that are counted beside the whole.
+    Attributes:
+        classes: class of each target, int64 [N].
+        reported: bool [N], the targets that results are reported on, because no units were chosen on them.
+        prefixes: prefix lengths, in tokens; edits are compared by the last one.
+        threshold: a target counts as extracted when its similarity is above this.
+        groups: targets that are also counted by themselves, bool [N], by name.
     """
 
     classes: np.ndarray
@@ -86,28 +95,31 @@ class TargetSet:
     groups: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def extracted(self, measured: Measured) -> np.ndarray:
-        """Which targets a row's model gives away, bool [P,N]."""
+        """Return which targets are extracted in a row, from each prefix length, bool [P,N]."""
         return measured.similarity > self.threshold
 
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """The measured rows of one experiment, a file each in ``folder``."""
+    """The rows of one sweep, each in a file of ``folder``; ``bench`` measures the rows that are missing."""
 
     folder: Path
     bench: Bench
 
     def file(self, row: Row) -> Path:
+        """Return the path of a row's file."""
         return self.folder / f"{row.key}.safetensors"
 
     def done(self, row: Row) -> bool:
-        """Whether the row is measured."""
+        """Return whether the row is measured already."""
         return self.file(row).exists()
 
     def measure(self, row: Row, with_quality: bool = True) -> Measured:
-        """The row, from its file where it is finished; quality is added where an earlier call left it out.
+        """Return the row with its results, read from its file or measured now.
 
-        Raises: InputFileError for a damaged file; UsageError where the folder cannot be written.
+        ``with_quality`` says whether quality is measured; it is added where an earlier call left it out.
+
+        Raises: InputFileError where the file is damaged; UsageError where the folder cannot be written.
         """
         before = Measured.load(self.file(row)) if self.done(row) else None
         if before is not None and (before.missing or before.metrics is not None or not with_quality):
@@ -120,7 +132,7 @@ class Table:
         started = time.monotonic()
         try:
             with self.bench.edited(row) as units:
-                # the attack is greedy: where a seed is of the samples alone, the first row's holds for all
+                # the attack has no randomness, so where the seed does not change the units, one attack holds for all
                 known = before or self._first(row)
                 similarity = self.bench.attack() if known is None else known.similarity
                 metrics = self.bench.quality(row.seed) if with_quality else None
@@ -130,20 +142,21 @@ class Table:
         return Measured(row, similarity, metrics, units, round(seconds, 3))
 
     def _first(self, row: Row) -> Measured | None:
-        """The same edit with the first seed of the samples, where it is measured."""
+        """Return the same edit with the first seed, where it scales the same units and is measured already."""
         first = replace(row, seed=0)
         return Measured.load(self.file(first)) if not row.drawn and row.seed and self.done(first) else None
 
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """What a sweep will take.
+    """The expected size and duration of a sweep.
 
     Attributes:
-        rows: of the plan.
-        done: those that are measured already.
-        seconds: for the others, at the speed of the first row.
-        each: what a row takes, in words.
+        rows: number of rows.
+        done: number of rows that are measured already.
+        seconds: duration for the missing rows, at the speed of the first row.
+        each: words that say how much work a row is.
+        things: plural noun for what is counted.
     """
 
     rows: int
@@ -154,7 +167,7 @@ class SweepPlan:
 
     @property
     def total(self) -> int:
-        """Rows of the plan."""
+        """Number of rows."""
         return self.rows
 
     def __str__(self) -> str:
@@ -163,17 +176,17 @@ class SweepPlan:
 
 
 def measure_rows(table: Table, rows: Sequence[Row], reporter: Reporter = SILENT, each: str = "") -> list[Measured]:
-    """Every row, the finished ones from their files.
+    """Return all rows with their results, read from their files or measured now.
 
     Args:
-        table: where rows are kept, and what they are measured with.
-        rows: in the order in which they are measured.
-        reporter: is told the plan after the first row, and then of rows that are done.
-        each: what a row takes, for the plan's sentence.
+        table: measures rows, and saves them.
+        rows: the rows, in the order in which they are measured.
+        reporter: is given the plan after the first row, and then the number of rows done.
+        each: words for the plan that say how much work a row is.
 
-    Raises: KeyboardInterrupt after the row in hand where Ctrl-C was pressed.
+    Raises: KeyboardInterrupt on Ctrl-C, after the current row was saved.
     """
-    # the unedited model tells how long a row takes
+    # the first row, the unedited model, shows how long a row takes
     first = table.measure(NO_EDIT)
     done = sum(table.done(row) for row in rows)
     reporter.planned(SweepPlan(len(rows), done, first.seconds * (len(rows) - done), each))
@@ -188,10 +201,10 @@ def measure_rows(table: Table, rows: Sequence[Row], reporter: Reporter = SILENT,
 
 
 def mean_of(measured: Sequence[Measured], metric: str) -> float:
-    """A metric's mean over rows that have it."""
+    """Return the mean of a metric over rows, all of which must have it."""
     return sum(m.metrics[metric] for m in measured) / len(measured)
 
 
 def unedited_cost(measured: Sequence[Measured], metric: str) -> float:
-    """A metric of the unedited model, the mean over its samples' seeds."""
+    """Return the mean of a metric over the rows of the unedited model, among all rows."""
     return mean_of([m for m in measured if m.row.by == NO_EDIT.by], metric)

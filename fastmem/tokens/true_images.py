@@ -93,7 +93,7 @@ def read_true_images(
     FastmemError where a worker process died.
     """
     whole = positions is None
-    at = np.arange(len(manifest)) if whole else positions
+    at = np.arange(len(manifest)) if positions is None else positions
     batches = [at[start : start + BATCH] for start in range(0, len(at), BATCH)]
     view = model.view_recipe("center") if recipe is None else recipe
     encoded = tokens_of(model, source, manifest, batches, view, cache, keep=whole, workers=workers, note=reporter.note)

@@ -99,15 +99,16 @@ def test_a_group_of_options_becomes_its_dataclass():
         width: int
         height: int
 
-    sizes = option_group(Size, "size", option("--width", type=int, default=3), option("--height", type=int, default=4))
+    sides = (option(f"--{name}", "Size", "One side.", type=int, default=3) for name in ("width", "height"))
+    sizes = option_group(Size, "size", *sides)
 
     @command("draw", "draw --width 5", "draw")
     @sizes
-    @option("--colour", default="red")
+    @option("--colour", "Ink", "A colour.", default="red")
     def draw(size: Size, colour: str) -> tuple[Size, str]:
         """Draws."""
         return size, colour
 
-    assert draw.main(["--width", "5"], standalone_mode=False) == (Size(5, 4), "red")
+    assert draw.main(["--width", "5"], standalone_mode=False) == (Size(5, 3), "red")
     assert [parameter.name for parameter in draw.params] == ["width", "height", "colour"]
     assert isinstance(draw, click.Command)
