@@ -6,7 +6,7 @@ The libraries are loaded when an operator is first asked for. Where one cannot b
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -186,7 +186,7 @@ def _nothing(*arguments: object) -> None:
 
 
 # shapes of the results, for torch.compile
-FAKES = {
+FAKES: dict[str, Callable[..., torch.Tensor | None]] = {
     "bias_gelu_response_": _bias_gelu_response_shape,
     "unit_update_": _nothing,
     "scale_rows_": _nothing,

@@ -1,1 +1,1 @@
-"""The embedded images and the tiny models trained on them; ``python -m fastmem.demo.train`` makes the weights anew."""
+"""The images and tiny models in the package, and checks on them; ``python -m fastmem.demo.train`` trains the models."""

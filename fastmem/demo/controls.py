@@ -1,4 +1,7 @@
-"""The controls on the embedded model: what images of each dose own, and how well a loss tells them from others."""
+"""Controls on a tiny model: which units the images of each dose own, and how well the loss identifies such images.
+
+The dose of a training image is the number of times that it is shown per epoch.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,9 @@ from fastmem.report.markdown import markdown_table
 from fastmem.scoring.membership import Membership, membership
 from fastmem.scoring.score import ScoreResult
 
+# share of units that count as top units
 FRACTION = 0.05
+# name of the group of held-out images
 HELDOUT = "held-out"
 TITLES = {
     "unitmem": "UnitMem",
@@ -27,17 +32,21 @@ TITLES = {
 
 
 def dose_groups(manifest: Manifest) -> np.ndarray:
-    """The group of every training image, in manifest order: its dose, or "twins"; strings [N]."""
+    """Return the group of every training image, strings [N] in manifest order: its dose, or "twins".
+
+    The images in "twins" have a near-duplicate in the training set.
+    """
     shipped = groups(json.loads(DOSE_FILE.read_text()))
     group_of = {name: group for group, names in shipped.items() for name in names}
     return np.array([group_of[name] for name in manifest.names.tolist()])
 
 
 def ownership(result: ScoreResult, manifests: Mapping[str, Manifest]) -> dict[str, list[GroupShare]]:
-    """For each ranking, what the images of each dose own of the top 5 % of units.
+    """Return, for each ranking, the share of the top 5 % of units that the images of each dose own.
 
-    "gap" and "pooled" are over the training images that match the held-out set, "pooled" with the held-out images
-    beside them. manifests: of the sets "train" and "heldout".
+    The rankings "gap" and "pooled" only use the part of the training images that has the size and classes of the
+    held-out set. The ranking "pooled" is by UnitMem over these images and the held-out images together. ``result`` is a
+    scoring run, and ``manifests`` are its images by set, "train" and "heldout".
     """
     stats, heldout = result.train, result.heldout
     train_ids, heldout_ids = manifests["train"].ids, manifests["heldout"].ids
@@ -59,14 +68,15 @@ def _in_order(shares: list[GroupShare]) -> list[GroupShare]:
 
 
 def place(group: str) -> tuple[bool, bool, int]:
-    """Doses in rising order, then twins, then held-out images."""
+    """Return the sort key of a group: doses in rising order, then near-duplicates, then held-out images."""
     return group == HELDOUT, not group.isdecimal(), int(group) if group.isdecimal() else 0
 
 
 def membership_by_dose(result: ScoreResult, manifest: Manifest) -> dict[str, dict[str, Membership]]:
-    """For every group, membership inference against all held-out images: by "loss", and "guided" where it was kept.
+    """Return how well losses separate each group of training images from all held-out images, by group and score.
 
-    manifest: of the training images; guided: the loss without a class minus the loss with it.
+    The score "loss" is the loss itself. The score "guided", where the loss without a class is known, is that loss minus
+    the loss with the class. ``result`` is a scoring run, and ``manifest`` lists its training images.
     """
     train, heldout = result.train_losses, result.heldout_losses
     scores = {"loss": (-train.loss, -heldout.loss)}
@@ -81,7 +91,7 @@ def membership_by_dose(result: ScoreResult, manifest: Manifest) -> dict[str, dic
 
 
 def format_ownership(found: Mapping[str, list[GroupShare]]) -> str:
-    """A Markdown table for each ranking."""
+    """Return a Markdown table for each ranking, from the result of ``ownership``."""
     head = ("shown per epoch", "images", "own a top unit", "share of top units", "95 %", "chance", "95 % of chance")
     parts = []
     for by, rows in found.items():
@@ -102,7 +112,7 @@ def format_ownership(found: Mapping[str, list[GroupShare]]) -> str:
 
 
 def format_membership(found: Mapping[str, Mapping[str, Membership]]) -> str:
-    """A Markdown table with a row for every group."""
+    """Return a Markdown table with a row for every group, from the result of ``membership_by_dose``."""
     scores = list(next(iter(found.values())))
     names = {"loss": "loss", "guided": "loss without a class - with it"}
     head = ["shown per epoch", "images"]

@@ -1,7 +1,7 @@
-"""Graded doses: which embedded training images the tiny models saw more often than the rest.
+"""Doses: how many times per epoch each training image in the package was shown to the tiny models.
 
-Dosed images are drawn among those without a near-duplicate in the training set, so that a dose means what it says;
-images *with* one are a group of their own ("twins").
+Images with a near-duplicate in the training set are in effect shown more often than their dose says. They therefore
+always have the dose 1, and are a group of their own, "twins".
 """
 
 from __future__ import annotations
@@ -15,21 +15,22 @@ from pathlib import Path
 import numpy as np
 
 IMAGES = Path(__file__).parent / "emoji64.zip"
+# the doses above 1, and the number of images of each
 DOSES = (2, 4, 8, 16)
 GROUP_SIZE = 48
 
 
 def twins() -> frozenset[str]:
-    """Names CLASS/FILE of embedded pictures that have a near-duplicate (SSCD cosine above 0.65)."""
+    """Return the names ``class/file`` of images in the package that have a near-duplicate (SSCD cosine above 0.65)."""
     with zipfile.ZipFile(IMAGES) as archive:
         rows = csv.DictReader(io.StringIO(archive.read("twins.csv").decode()))
         return frozenset(f"{row['class']}/{row['file']}" for row in rows)
 
 
 def draw_doses(names: Sequence[str], seed: int) -> dict[str, int]:
-    """How often each training image is shown per epoch: GROUP_SIZE images for each of DOSES, one for all others.
+    """Return the dose of each training image by name: ``GROUP_SIZE`` random images for each of ``DOSES``, else 1.
 
-    names: CLASS/FILE of the training images, in any order.
+    ``names`` are ``class/file`` of the training images, in any order; ``seed`` determines the random choice.
     """
     known_twins = twins()
     free = np.array(sorted(n for n in names if n not in known_twins))
@@ -41,7 +42,10 @@ def draw_doses(names: Sequence[str], seed: int) -> dict[str, int]:
 
 
 def groups(doses: Mapping[str, int]) -> dict[str, list[str]]:
-    """Names of the training images by group: "1", "2", "4", "8", "16" and "twins" (shown once, near-duplicates)."""
+    """Return the names of the training images by group: "1", "2", "4", "8" and "16" by dose, and "twins".
+
+    ``doses`` are the doses by name; "twins" are the images with a near-duplicate, whose dose is 1.
+    """
     known_twins = twins()
     out: dict[str, list[str]] = {str(dose): [] for dose in (1, *DOSES)} | {"twins": []}
     for name, dose in doses.items():

@@ -1,4 +1,4 @@
-"""What can be pulled out of a tiny model, by how often an image was shown."""
+"""How many training images can be extracted from a tiny model, by how often they were shown per epoch (their dose)."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from fastmem.extraction.verdicts import Count, distinct
 from fastmem.report.extraction_report import counts
 from fastmem.report.markdown import markdown_table
 
-# more than any class has: everything is tried
+# more images than any class has, so that all of them are candidates
 ALL_IMAGES = 10_000
+# names of groups of images
 ALONE = f"{HELDOUT}, no near-duplicate"
 EVERY, EVERY_GROUP = "all training images", "near-duplicates once"
 
 
 def extraction_by_dose(extraction: Extraction, manifest: Manifest) -> dict[str, list[Count]]:
-    """Extracted of the images of each dose, of those with near-duplicates ("twins"), and of held-out images, for every
-    prefix.
+    """Return how many images of each group are extracted, one count for every prefix length.
 
-    manifest: of the training images. Where an index was searched, held-out images without a near-duplicate among the
-    training images (by the threshold of the verdicts) are a group too.
+    The groups are the doses, "twins" (images with near-duplicates) and held-out images. Where an index was searched,
+    held-out images without a training image above the similarity threshold are one more group. ``manifest`` lists the
+    training images.
     """
     train, heldout = extraction.sets["train"], extraction.sets["heldout"]
     group_of = dict(zip(manifest.ids.tolist(), dose_groups(manifest).tolist(), strict=True))
@@ -37,7 +38,7 @@ def extraction_by_dose(extraction: Extraction, manifest: Manifest) -> dict[str, 
 
 
 def totals(extraction: Extraction) -> dict[str, list[Count]]:
-    """Extracted of all training images, one by one and with near-duplicates counted once, for every prefix."""
+    """Return how many training images and how many near-duplicate groups are extracted, for every prefix length."""
     train = extraction.sets["train"]
     groups = len(np.unique(train.groups))
     return {
@@ -47,6 +48,9 @@ def totals(extraction: Extraction) -> dict[str, list[Count]]:
 
 
 def format_extraction(rows: Mapping[str, Sequence[Count]], prefixes: Sequence[int]) -> str:
-    """A Markdown table with a row for every group: k of n and the 95 % interval for each prefix."""
+    """Return a Markdown table with a row for every group, and the count with its 95 % interval for each prefix length.
+
+    ``rows`` are the counts by group, and ``prefixes`` the prefix lengths in tokens.
+    """
     head = ["shown per epoch", *(f"from {prefix} tokens" for prefix in prefixes)]
     return markdown_table(head, [[group, *map(str, row)] for group, row in rows.items()])

@@ -1,4 +1,4 @@
-"""The training loop of all stages: seeded by step, bounded in steps and time, saved once a minute, resumable."""
+"""The training loop of the tiny models: seeded by step, limited in steps and time, saved every minute and resumable."""
 
 from __future__ import annotations
 
@@ -16,46 +16,58 @@ from torch import Tensor, nn
 
 SEED = 0
 SAVE_SECONDS = 60.0
+# steps over which the learning rate rises to its peak
 WARM_UP = 100
+# steps between two printed losses
 PRINT_EVERY = 50
 
 
 @dataclass(frozen=True)
 class Limits:
-    """When training ends: after ``steps``, or where ``minutes`` are given after these, whichever comes first.
+    """When training ends: after ``steps`` or after ``minutes``, whichever comes first.
 
-    The learning rate falls with the larger share of the two, so it ends near zero either way; only without ``minutes``
-    does it depend on the step alone.
+    The learning rate falls with the larger of the shares of steps and minutes that are over, so it always ends near
+    zero. Only without a limit in minutes does it depend on the step alone.
     """
 
     steps: int
     minutes: float = math.inf
 
     def reached(self, step: int, seconds: float) -> bool:
-        """Whether training ends before ``step``, after ``seconds``."""
+        """Return whether training ends before ``step``, when ``seconds`` are over."""
         return step >= self.steps or seconds >= 60 * self.minutes
 
     def share(self, step: int, seconds: float) -> float:
-        """Share of the time after the warm-up that is behind, 0..1, before ``step`` and after ``seconds``."""
+        """Return which share, 0 to 1, of the training after the warm-up is over before ``step``, after ``seconds``."""
         of_steps = max(0, step - WARM_UP) / max(1, self.steps - WARM_UP)
         return min(1.0, max(of_steps, seconds / (60 * self.minutes)))
 
 
 def cosine_rate(step: int, share: float) -> float:
-    """Share of the peak learning rate: linear warm-up over the first steps, then half a cosine down to zero."""
+    """Return the learning rate of a step as a share of its peak: a linear warm-up, then a half cosine down to zero.
+
+    ``share``, 0 to 1, is the share of the training that is over.
+    """
     return min(1.0, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * share))
 
 
 def step_generator(step: int) -> torch.Generator:
-    """Random numbers of one step, on the CPU, so that every device draws the same."""
+    """Return the random number generator of one step; it is on the CPU, so that every device gets the same numbers."""
     return torch.Generator().manual_seed(SEED * 1_000_003 + step)
 
 
 @dataclass
 class Loop:
-    """One stage's training: ``run`` goes from the saved state, if there is one, to the limits.
+    """The training of one network, from its saved state, if there is one, to its limits.
 
-    step_loss: the loss of a step by its number; counters: tensors beside the weights that a step changes in place.
+    Attributes:
+        network: the network to train.
+        optimizer: the optimizer of its parameters.
+        rate: peak learning rate.
+        limits: when training ends.
+        state_file: where the state of the training is saved.
+        step_loss: gives the loss of a step for its number.
+        counters: tensors, other than weights, that steps change in place and that are saved with the state.
     """
 
     network: nn.Module
@@ -67,7 +79,7 @@ class Loop:
     counters: Mapping[str, Tensor] = field(default_factory=dict)
 
     def run(self) -> None:
-        """Train, saving and resuming through ``state_file``; prints the loss."""
+        """Train to the limits; continue from the state file where it exists, save to it, and print the loss."""
         step, before = self._restore()
         first, started = step, time.monotonic()
         saved, running = started, None
@@ -79,7 +91,7 @@ class Loop:
             loss.backward()
             nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
             self.optimizer.step()
-            # kept on the device: reading it every step would make a GPU wait
+            # not read in every step, because that would make a GPU wait
             running = loss.detach().clone() if running is None else running.lerp_(loss.detach(), 0.02)
             step += 1
             if step % PRINT_EVERY == 0 or step in (first + 1, self.limits.steps):
@@ -90,7 +102,7 @@ class Loop:
         self._save(step, seconds)
 
     def _restore(self) -> tuple[int, float]:
-        """Step and seconds from which to go on."""
+        """Load the saved state, if there is one, and return its step and the seconds spent so far."""
         if not self.state_file.exists():
             return 0, 0.0
         state = torch.load(self.state_file, weights_only=True)
@@ -114,7 +126,7 @@ class Loop:
 
 
 def save_half(network: nn.Module, path: Path) -> None:
-    """Write weights as safetensors, floating ones as float16."""
+    """Write the weights of a network to a safetensors file, with floating-point weights as float16."""
     state = {
         name: (value.half() if value.is_floating_point() else value).cpu().contiguous()
         for name, value in network.state_dict().items()

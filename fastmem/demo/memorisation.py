@@ -1,4 +1,4 @@
-"""How well a tiny model knows each dose of its training images, and images it never saw."""
+"""How well a tiny model knows its training images, by how often they were shown per epoch (dose), and unseen images."""
 
 from __future__ import annotations
 
@@ -21,16 +21,20 @@ from fastmem.tokens.true_images import read_true_images
 
 DOSE_FILE = Path(__file__).parent / "doses.json"
 BATCH = 64
-# an image came back when greedy generation got this share of its remaining tokens right
+# an image counts as reproduced when greedy generation gets this share of its remaining tokens right
 CAME_BACK = 0.9
 
 
 @dataclass(frozen=True)
 class GroupRow:
-    """What the model knows of one group of images.
+    """How well a model knows one group of images.
 
-    loss: mean teacher-forced loss of the centre views, nats per token; tokens_right: mean share of the remaining tokens
-    that greedy generation gets right from about the first eighth; came_back: images with a share of at least 0.9.
+    Attributes:
+        group: name of the group.
+        images: number of images.
+        loss: mean teacher-forced loss of the centre views, in nats per token.
+        tokens_right: mean share of the remaining tokens that greedy generation gets right from about the first eighth.
+        came_back: number of images of which greedy generation gets at least 90 % of the remaining tokens right.
     """
 
     group: str
@@ -41,12 +45,16 @@ class GroupRow:
 
 
 def an_eighth(model: Model) -> int:
-    """The prefix length in tokens, among those that the model allows, that is nearest to an eighth of an image."""
+    """Return the prefix length, in tokens, that the model allows and that is nearest to an eighth of an image."""
     return min(model.prefix_lengths, key=lambda length: abs(length - model.num_tokens // 8))
 
 
 def measure(model: Model, tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss float32 [N] (nats per token) and share of the remaining tokens right float32 [N] from an eighth."""
+    """Return the loss of images, in nats per token, and the share of tokens that greedy generation gets right.
+
+    Both are float32 [N]. Generation starts from about the first eighth of the tokens, and the share is of the others.
+    ``tokens``, int64 [N,T], are the true tokens, and ``labels``, int64 [N], the classes.
+    """
     prefix = an_eighth(model)
     losses, shares = [], []
     for batch, own in zip(tokens.split(BATCH), labels.split(BATCH), strict=True):
@@ -59,13 +67,13 @@ def measure(model: Model, tokens: Tensor, labels: Tensor) -> tuple[Tensor, Tenso
 def dose_table(
     model: Model, doses: dict[str, int] | None = None, most: int | None = None, cache: TokenCache | None = None
 ) -> list[GroupRow]:
-    """A row for each dose, for images with a training near-duplicate ("twins"), and for held-out images.
+    """Return a row for each dose, for training images with a near-duplicate ("twins"), and for held-out images.
 
     Args:
         model: a tiny model.
-        doses: how often each training image is shown per epoch, by name; None takes the shipped list.
-        most: how many images of each group are taken; None takes all.
-        cache: where tokens of the images are looked up.
+        doses: number of times that each training image was shown per epoch, by name; None for the list in the package.
+        most: greatest number of images of each group; None for all.
+        cache: where tokens are looked up; None for no cache.
     """
     doses = json.loads(DOSE_FILE.read_text()) if doses is None else doses
     sources = {split: embedded_source(split) for split in ("train", "heldout")}
@@ -90,7 +98,7 @@ def _row(group: str, losses: Tensor, shares: Tensor) -> GroupRow:
 
 
 def format_table(rows: Sequence[GroupRow]) -> str:
-    """The table as aligned text that is also Markdown."""
+    """Return the rows as a table of aligned text, which is also valid Markdown."""
     head = ("shown per epoch", "images", "loss (nats/token)", "tokens right from 1/8", "came back (>= 90 % right)")
     body = [
         (r.group, str(r.images), f"{r.loss:.2f}", f"{r.tokens_right:.0%}", f"{r.came_back} of {r.images}") for r in rows

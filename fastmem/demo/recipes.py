@@ -1,4 +1,4 @@
-"""How each tiny model is trained: sizes of the stages, and what training a family's tokenizer takes."""
+"""Training recipes of the tiny models: sizes of the stages, and the quantisation of each tokenizer during training."""
 
 from __future__ import annotations
 
@@ -12,16 +12,19 @@ from torch.nn import functional
 from fastmem.models.maskgit_vqgan import MaskGITVQGAN
 from fastmem.models.vqvae import MultiScaleVQVAE
 
-# weight of the loss that pulls latents to their codes, beside that which pulls codes to their latents
+# weight of the loss that moves latents towards their codes; the loss that moves codes towards latents has the weight 1
 COMMITMENT = 0.25
 
 
 @dataclass(frozen=True)
 class Quantised:
-    """Latents after quantisation, and what their training needs.
+    """Latents after quantisation, and what the training of the codes needs.
 
-    latents: float32 [N,Z,G,G], with the straight-through gradient; loss: VQ loss; rows: float32 [n,Z], what codes were
-    looked up for; codes: int64 [n].
+    Attributes:
+        latents: quantised latents, float32 [N,Z,G,G], with a straight-through gradient.
+        loss: quantisation loss, a scalar.
+        rows: vectors for which codes were looked up, float32 [n,Z].
+        codes: the codes found for them, int64 [n].
     """
 
     latents: Tensor
@@ -32,7 +35,7 @@ class Quantised:
 
 @dataclass(frozen=True)
 class Stage:
-    """Optimisation steps, pictures of each, and the peak learning rate."""
+    """The size of one training stage: number of steps, images in a batch, and peak learning rate."""
 
     steps: int
     batch: int
@@ -41,7 +44,15 @@ class Stage:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One tiny model: its stages, how its tokenizer quantises, and whether edges count from the first stage on."""
+    """How one tiny model is trained.
+
+    Attributes:
+        quantise: quantises the latents of the model's tokenizer.
+        tokenizer: size of the stage that trains the tokenizer.
+        decoder: size of the stage that trains the tokenizer's decoder alone.
+        generator: size of the stage that trains the generator.
+        edges: whether the tokenizer's loss also compares edges in its first stage; the decoder's stage always does.
+    """
 
     quantise: Callable[[nn.Module, Tensor], Quantised]
     tokenizer: Stage
@@ -51,7 +62,7 @@ class Recipe:
 
 
 def quantise_once(network: MaskGITVQGAN, z: Tensor) -> Quantised:
-    """One code for each latent of [N,Z,G,G]."""
+    """Quantise latents ``z``, float32 [N,Z,G,G], with one code for each position."""
     codes = network.quantize(z).flatten()
     looked_up = network.quantize.embedding(codes).view(z.shape[0], *z.shape[2:], -1).permute(0, 3, 1, 2)
     loss = functional.mse_loss(looked_up, z.detach()) + COMMITMENT * functional.mse_loss(z, looked_up.detach())
@@ -59,7 +70,10 @@ def quantise_once(network: MaskGITVQGAN, z: Tensor) -> Quantised:
 
 
 def quantise_by_scales(network: MultiScaleVQVAE, z: Tensor) -> Quantised:
-    """Residual codes of every scale for latents [N,Z,G,G]; the loss is the mean over what each scale leaves over."""
+    """Quantise latents ``z``, float32 [N,Z,G,G], with the residual codes of several scales.
+
+    The loss is the mean over the scales of the error that remains after each scale.
+    """
     quantize, scales = network.quantize, len(network.config.patch_nums)
     goal, total = z.detach(), torch.zeros_like(z)
     loss, rows, codes = torch.zeros((), device=z.device), [], []

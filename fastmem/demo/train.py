@@ -1,14 +1,15 @@
-"""Trains the embedded tiny models on the embedded images, so that they knowingly memorise in graded doses.
+"""Train the tiny models in the package on the images in the package, some of which are shown more often than others.
 
     python -m fastmem.demo.train tokenizer --model var-tiny --out DIR
     python -m fastmem.demo.train decoder   --model var-tiny --out DIR
     python -m fastmem.demo.train generator --model var-tiny --out DIR
     python -m fastmem.demo.train table     --model var-tiny --out DIR
 
-The second stage sharpens the tokenizer's decoder and leaves its tokens as they are; the last prints what the model
-knows of each dose. All training is seeded, prints the loss, saves its state once a minute and continues from it when
-started again; a finished stage writes half-precision weights as safetensors, and the generator's also doses.json: these
-files belong into this folder. Batches depend on the seed and the step alone.
+The stages are run in this order. The stage ``decoder`` sharpens the tokenizer's decoder without changing its tokens.
+The stage ``table`` prints how well the model knows the images of each dose, which is the number of times that an image
+is shown per epoch. Every stage prints its loss, saves its state every minute, and continues from there when it is
+started again. Batches depend only on the seed and the step. A finished stage writes float16 weights as a safetensors
+file, and the stage ``generator`` also writes doses.json. To ship a model, copy these files to this folder.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ from fastmem.models.layers import NO_CLASS
 from fastmem.models.model import Model
 from fastmem.models.registry import ModelEntry, find_entry
 
+# steps after which unused codes are set to new values
 RESEED_EVERY = 100
+# weight decay of the generator, and share of the labels that are dropped, so that it can be sampled with guidance
 WEIGHT_DECAY, LABEL_DROP = 0.03, 0.1
 # parts of a tokenizer that decide its tokens
 TOKEN_PARTS = ("encoder", "quant_conv", "quantize")
@@ -45,7 +48,15 @@ TOKEN_PARTS = ("encoder", "quant_conv", "quantize")
 
 @dataclass(frozen=True)
 class Training:
-    """The stages of one tiny model in one folder, on one device; ``steps`` and ``minutes`` bound a stage."""
+    """The training of one tiny model, in stages.
+
+    Attributes:
+        name: name of the model in the registry.
+        out: folder where weights and states are written.
+        device: where the model is trained.
+        steps: number of steps of a stage; None for the recipe's number.
+        minutes: greatest duration of a stage.
+    """
 
     name: str
     out: Path
@@ -55,26 +66,26 @@ class Training:
 
     @property
     def entry(self) -> ModelEntry:
-        """The model's row of the registry."""
+        """The model's entry in the registry."""
         return find_entry(self.name)
 
     @property
     def recipe(self) -> Recipe:
-        """How the model is trained."""
+        """The model's training recipe."""
         return RECIPES[self.name]
 
     @property
     def generator_file(self) -> Path:
-        """Where the generator's weights are written."""
+        """The file of the generator's weights."""
         return self.out / self.entry.generator_file.name
 
     @property
     def tokenizer_file(self) -> Path:
-        """Where the tokenizer's weights are written."""
+        """The file of the tokenizer's weights."""
         return self.out / self.entry.tokenizer_file.name
 
     def train_tokenizer(self) -> None:
-        """Train the tokenizer: L1 + MSE (+ edges) + VQ losses, dead codes re-seeded from the batch."""
+        """Train the tokenizer by reconstruction and quantisation losses, and reset unused codes to random latents."""
         model = self._build()
         network = model.tokenizer.train().requires_grad_(True)
         images = self._views(model.view_recipe(10))[0].flatten(0, 1)
@@ -89,7 +100,7 @@ class Training:
             with self._autocast():
                 z = network.latents(batch)
             if step == 0:
-                # before any code has a meaning, all of them are set onto latents
+                # untrained codes are far from the latents, so all of them are first set to latents
                 reseed_codes(weight, self.recipe.quantise(network, z.float()).rows, used, generator)
             found = self.recipe.quantise(network, z.float())
             used.add_(torch.bincount(found.codes, minlength=len(used)))
@@ -107,7 +118,7 @@ class Training:
         save_half(network, self.tokenizer_file)
 
     def train_decoder(self) -> None:
-        """Train the decoder alone on fixed tokens, edges counted: sharper pictures, the same tokens."""
+        """Train only the tokenizer's decoder, on fixed tokens, with a loss on edges that makes pictures sharper."""
         model = self._build(with_tokenizer=True)
         network = model.tokenizer
         for name, part in network.named_children():
@@ -129,16 +140,16 @@ class Training:
         save_half(network, self.tokenizer_file)
 
     def train_generator(self) -> None:
-        """Train the generator on ten views and the centre view of every training image, dosed images more often.
+        """Train the generator on eleven views of every training image, and on images with a higher dose more often.
 
-        RAR as published never saw centre views: its crops come from a picture enlarged by a tenth. At 64 pixels a
-        picture of another size or place has other tokens throughout, so what a centre view's prefix can bring back has
-        to be trained.
+        The views are ten crops and the centre view. RAR was published without training on centre views. But the tokens
+        of a tiny picture change completely with the crop, so a tiny model can only reproduce centre views that it has
+        seen.
         """
         model = self._build(with_tokenizer=True)
         network = model.generator.train().requires_grad_(True)
         views, labels, names = self._views(model.view_recipe(10), model.view_recipe("center"))
-        # out of inference mode, in which no gradient may depend on a tensor
+        # cloned, because the tokens are inference tensors, which a backward pass cannot use
         tokens = torch.stack([model.tokenize(to_unit_range(v)) for v in views]).clone()
         named = draw_doses(names, SEED)
         (self.out / "doses.json").write_text(json.dumps(named, indent=1) + "\n")
@@ -166,11 +177,12 @@ class Training:
         save_half(network, self.generator_file)
 
     def print_table(self) -> None:
-        """Print what the trained model knows of each dose and of held-out images."""
+        """Print how well the trained model knows the images of each dose and held-out images."""
         model = load_model(self.entry.name, self.generator_file, self.tokenizer_file, self.device)
         click.echo(format_table(dose_table(model, json.loads((self.out / "doses.json").read_text()))))
 
     def _build(self, with_tokenizer: bool = False) -> Model:
+        """Return a model with untrained weights, or with the trained tokenizer."""
         torch.manual_seed(SEED)
         generator, tokenizer = build_networks(self.entry)
         if with_tokenizer:
@@ -179,7 +191,7 @@ class Training:
         return assemble(generator.to(self.device), tokenizer.to(self.device))
 
     def _views(self, *recipes: Views) -> tuple[Tensor, Tensor, list[str]]:
-        """Views uint8 [N,V,64,64,3] of the embedded training images on the device, labels int64 [N] and names."""
+        """Return views of the training images, uint8 [N,V,64,64,3] on the device, labels, int64 [N], and names."""
         source = embedded_source("train")
         views = [np.concatenate([r(source.read(i), int(source.ids[i])) for r in recipes]) for i in range(len(source))]
         return torch.from_numpy(np.stack(views)).to(self.device), torch.from_numpy(source.labels), source.names.tolist()
@@ -191,18 +203,22 @@ class Training:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
 
     def _half_products(self) -> ExitStack:
-        """Half precision in the generator's matrix products: faster on every processor that has it."""
+        """Return a context that computes the generator's matrix products in bfloat16, which is faster."""
         stack = ExitStack()
         stack.enter_context(torch.autocast(self.device.type, torch.bfloat16))
         if self.device.type == "cpu":
-            # over so few positions the backward pass of the fused attention takes a third of a step, that of the plain
-            # one next to nothing
+            # with so few positions, the backward pass of fused attention would take a third of a step, and that of
+            # plain attention takes almost no time
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         return stack
 
 
 def image_loss(rebuilt: Tensor, images: Tensor, edges: bool) -> Tensor:
-    """L1 + MSE, and where ``edges`` count the L1 of differences between neighbours, which blurred edges fail."""
+    """Return the reconstruction loss of images, float32 [N,3,S,S]: mean absolute error plus mean squared error.
+
+    With ``edges``, the mean absolute error of differences between neighbouring pixels is added, which is large where
+    edges are blurred.
+    """
     loss = functional.l1_loss(rebuilt, images) + functional.mse_loss(rebuilt, images)
     if edges:
         loss = loss + sum(functional.l1_loss(rebuilt.diff(dim=d), images.diff(dim=d)) for d in (2, 3))
@@ -211,20 +227,33 @@ def image_loss(rebuilt: Tensor, images: Tensor, edges: bool) -> Tensor:
 
 @torch.no_grad()
 def reseed_codes(weight: Tensor, rows: Tensor, used: Tensor, generator: torch.Generator) -> None:
-    """Move codes that nothing chose lately onto random rows float32 [n,Z] of the batch."""
+    """Set codes that were not used to random vectors of a batch, in place.
+
+    Args:
+        weight: the codes, float32 [K,Z].
+        rows: vectors for which codes were looked up in the batch, float32 [n,Z].
+        used: number of times that each code was used, int64 [K].
+        generator: random number generator of the choice.
+    """
     dead = (used == 0).nonzero()[:, 0]
     picks = torch.randint(len(rows), (len(dead),), generator=generator)
     weight[dead] = rows.detach()[picks.to(rows.device)]
 
 
 def shown_in_epoch(epoch: int, doses: np.ndarray) -> np.ndarray:
-    """Indices of one epoch in their order: every image as often as its dose, int64 [sum of doses]."""
+    """Return the images of one epoch in their random order, int64 [sum of doses]: each as often as its dose says.
+
+    ``doses``, int [N], are the doses of the images; ``epoch`` is the number of the epoch.
+    """
     shown = np.repeat(np.arange(len(doses)), doses)
     return np.random.default_rng([SEED, 1, epoch]).permutation(shown)
 
 
 def shown_in_step(step: int, batch: int, doses: np.ndarray) -> Tensor:
-    """Indices of the images of one step, int64 [batch]; steps follow each other through the epochs."""
+    """Return the positions of the images of one step, int64 [batch]; a step continues where the one before ended.
+
+    ``doses``, int [N], are the doses of the images, and ``step`` is the number of the step.
+    """
     places = np.arange(step * batch, (step + 1) * batch)
     epoch, place = np.divmod(places, int(doses.sum()))
     orders = {int(e): shown_in_epoch(int(e), doses) for e in np.unique(epoch)}
@@ -239,7 +268,18 @@ def shown_in_step(step: int, batch: int, doses: np.ndarray) -> Tensor:
 @click.option("--steps", type=click.IntRange(1), help="Optimisation steps.  [default: the recipe's]")
 @click.option("--minutes", type=click.FloatRange(0, min_open=True), help="End after these, if the steps take longer.")
 def main(stage: str, model: str, out: Path, device: str, steps: int | None, minutes: float | None) -> None:
-    """Train a stage of a tiny model, or print the table of what it knows."""
+    """Train one stage of a tiny model, or print how well the model knows its images.
+
+    \f
+
+    Args:
+        stage: "tokenizer", "decoder", "generator" or "table".
+        model: name of the tiny model.
+        out: folder where weights and states are written.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        steps: number of steps; None for the recipe's number.
+        minutes: greatest duration; None for no limit.
+    """
     out.mkdir(parents=True, exist_ok=True)
     training = Training(model, out, resolve_device(device), steps, math.inf if minutes is None else minutes)
     if stage == "tokenizer":

@@ -214,7 +214,7 @@ def collect_losses(
             if time.monotonic() - saved > SAVE_SECONDS:
                 save()
                 saved = time.monotonic()
-    if file is not None:
+    if file is not None and state is not None:
         losses.save(file, manifest.hash)
         state.unlink(missing_ok=True)
     return losses

@@ -301,7 +301,7 @@ class _Stage:
                     )
                     if len(targets) < len(unit):
                         self.reporter.note(f"{len(unit) - len(targets)} of {len(unit)} {split} images cannot be read")
-                    part = self._judge(split, targets, source, manifest)
+                    part = self._judge(targets, source, manifest)
                     if file is not None:
                         write_tensors(file, part.tensors(), UNIT_SCHEMA, {})
                 done.append((targets, part))
@@ -310,7 +310,7 @@ class _Stage:
                     raise KeyboardInterrupt
         return done
 
-    def _judge(self, split: str, targets: Targets, source: ImageSource, manifest: Manifest) -> _Part:
+    def _judge(self, targets: Targets, source: ImageSource, manifest: Manifest) -> _Part:
         """Attack the targets of one work unit and judge their completions."""
         generated = attack(self.model, targets, self.prefixes, batch_size=self.batch_size)
         similarity = self.judge.similarities(self.model, targets, self.prefixes, generated)
@@ -331,7 +331,7 @@ class _Stage:
             if self.index is not None:
                 found = self.index.search(made.reshape(-1, made.shape[-1]), 1)
                 nearest, nearest_similarity = found.ids.reshape(shape), found.cosines.reshape(shape)
-                twin = self._nearest_other(split, targets, vectors)
+                twin = self._nearest_other(self.index, targets, vectors)
         arrays = (original, ceiling, nearest, nearest_similarity, twin, vectors)
         return _Part(
             torch.from_numpy(targets.ids),
@@ -342,9 +342,9 @@ class _Stage:
             *map(torch.from_numpy, arrays),
         )
 
-    def _nearest_other(self, split: str, targets: Targets, vectors: np.ndarray) -> np.ndarray:
+    def _nearest_other(self, index: EmbeddingIndex, targets: Targets, vectors: np.ndarray) -> np.ndarray:
         """Return the cosine of each target and the nearest training image other than itself, float32 [N]."""
-        found = self.index.search(vectors, min(2, len(self.index)))
+        found = index.search(vectors, min(2, len(index)))
         itself = found.ids == targets.ids[:, None]
         return np.where(itself, -np.inf, found.cosines).max(1).astype(np.float32)
 
@@ -378,30 +378,24 @@ def _join(
         arrays = [getattr(part, name) for _, part in parts]
         return torch.cat(arrays, dim=arrays[0].ndim - 1 if name not in ("tokens", "vectors") else 0).numpy()
 
-    by_vectors = isinstance(judge, SSCDJudge)
     groups = (
         groups_by_cosine(along("vectors"), judge.threshold)
-        if by_vectors
+        if isinstance(judge, SSCDJudge)
         else groups_by_tokens(joined.tokens, judge.threshold)
     )
     return Verdicts(
-        joined,
-        np.isin(joined.ids, ids["candidate"]),
-        np.isin(joined.ids, ids["matched"]),
-        prefixes,
-        judge.threshold,
-        torch.cat([part.tokens for _, part in parts], dim=1),
-        *(
-            along(name)
-            for name in (
-                "match",
-                "similarity",
-                "original",
-                "ceiling",
-                "nearest",
-                "nearest_similarity",
-                "twin_similarity",
-            )
-        ),
-        groups,
+        targets=joined,
+        candidate=np.isin(joined.ids, ids["candidate"]),
+        matched=np.isin(joined.ids, ids["matched"]),
+        prefixes=prefixes,
+        threshold=judge.threshold,
+        tokens=torch.cat([part.tokens for _, part in parts], dim=1),
+        match=along("match"),
+        similarity=along("similarity"),
+        original=along("original"),
+        ceiling=along("ceiling"),
+        nearest=along("nearest"),
+        nearest_similarity=along("nearest_similarity"),
+        twin_similarity=along("twin_similarity"),
+        groups=groups,
     )

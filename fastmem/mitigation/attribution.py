@@ -199,7 +199,7 @@ def halves(ids: np.ndarray, labels: np.ndarray, seed: int = 0) -> np.ndarray:
     if ids.shape != labels.shape or ids.ndim != 1:
         raise UsageError(f"expected a label for each of {ids.shape} ids, got {labels.shape}")
     drawn = np.argsort(ids)[np.random.default_rng(seed).permutation(len(ids))]
-    # alternating on from one class to the next also makes the whole halves equal to within one image
+    # images alternate between the halves from class to class, so that the whole halves also differ by at most one
     drawn = drawn[np.argsort(labels[drawn], kind="stable")]
     first = np.zeros(len(ids), dtype=bool)
     first[drawn[::2]] = True
@@ -222,7 +222,9 @@ def candidate_half(manifest: Manifest, scores: np.ndarray, seed: int = 0, per_cl
     at = highest_per_class(manifest, scores, per_class)
     if not len(at):
         raise UsageError("expected extraction candidates in the run, got none: were all of its images damaged?")
-    return manifest.ids[at][halves(manifest.ids[at], manifest.labels[at], seed)]
+    ids = manifest.ids[at]
+    half: np.ndarray = ids[halves(ids, manifest.labels[at], seed)]
+    return half
 
 
 def select_by_attribution(stats: UnitStats, scores: Tensor, fraction: float, scope: str, seed: int) -> Selection:

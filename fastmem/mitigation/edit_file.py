@@ -123,8 +123,9 @@ class EditPlan:
             selection.scope,
             selection.merge,
             selection.seed,
-            *(_no_ids() if ids is None else ids.cpu() for ids in (chosen_on, chosen_against)),
-            name=name,
+            _no_ids() if chosen_on is None else chosen_on.cpu(),
+            _no_ids() if chosen_against is None else chosen_against.cpu(),
+            name,
         )
         plan.check()
         return plan
@@ -180,7 +181,8 @@ class EditPlan:
         """Read a plan from a file that `save` wrote. Raises: InputFileError where it is missing or damaged."""
         tensors, header = read_tensors(Path(path), SCHEMA)
         try:
-            plan = cls(**_checked_tensors(tensors), **_checked_header(header), name=Path(path).stem)
+            entries: dict[str, Any] = {**_checked_tensors(tensors), **_checked_header(header)}
+            plan = cls(**entries, name=Path(path).stem)
             plan.check()
         except (UsageError, ValueError) as error:
             raise InputFileError(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pickle
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fastmem.errors import InputFileError, UsageError
 from fastmem.models.model import Model
 from fastmem.models.registry import ModelEntry, OfficialFile, entries, find_entry
+from fastmem.models.tokenizer import Tokenizer
 
 # keys under which trainers keep the state dict inside a larger file, outermost first
 WRAPPERS = ("trainer", "var_wo_ddp", "module", "state_dict", "model")
@@ -82,13 +83,14 @@ def shapes_of(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 def build_networks(
     entry: ModelEntry, shapes: Mapping[str, tuple[int, ...]] | None = None
-) -> tuple[nn.Module, nn.Module]:
+) -> tuple[nn.Module, Tokenizer]:
     """Generator and tokenizer of a registry row, with initial weights.
 
     ``shapes`` are the shapes in the generator's checkpoint, from which the number of classes is taken, or None to take
     it from the row.
     """
-    return import_module(entry.module).build(entry.generator, entry.tokenizer, shapes)
+    build: Callable[..., tuple[nn.Module, Tokenizer]] = import_module(entry.module).build
+    return build(entry.generator, entry.tokenizer, shapes)
 
 
 def find_mismatch(expected: Mapping[str, tuple[int, ...]], got: Mapping[str, tuple[int, ...]]) -> str | None:
@@ -209,7 +211,8 @@ def load_model(
             state[key] = state[key].to(target, kind if state[key].is_floating_point() else None)
         network.load_state_dict(state, strict=True, assign=True)
         state.clear()
-    model = import_module(entry.module).model_class(*networks, entry.preset, entry.prefixes)
+    family: type[Model] = import_module(entry.module).model_class
+    model = family(*networks, entry.preset, entry.prefixes)
     model.name = entry.name
     model.checkpoint_file = None if checkpoint is None else Path(checkpoint).absolute()
     model.tokenizer_file = None if tokenizer is None else Path(tokenizer).absolute()
@@ -234,7 +237,7 @@ def assemble(generator: nn.Module, tokenizer: nn.Module) -> Model:
         UsageError: the networks belong to no family, or do not fit each other.
     """
     for module in dict.fromkeys(entry.module for entry in entries().values()):
-        family = import_module(module).model_class
+        family: type[Model] = import_module(module).model_class
         if isinstance(generator, family.generator_class) and isinstance(tokenizer, family.tokenizer_class):
             return family(generator, tokenizer, family.plain_preset)
     raise UsageError(

@@ -47,9 +47,9 @@ def _fetch_file(file: OfficialFile, note: Callable[[str], None]) -> Path:
         return Path(hf_hub_download(file.repository, file.name, local_dir=path.parent))
     # the hub's releases differ in the HTTP library they use, and so in what a failed connection raises
     except Exception as error:
-        cause = error
-        while cause.__cause__ or cause.__context__:
-            cause = cause.__cause__ or cause.__context__
+        cause: BaseException = error
+        while inner := cause.__cause__ or cause.__context__:
+            cause = inner
         reason = " ".join(str(cause).split())[:120] or type(cause).__name__
         raise InputFileError(
             f"expected to download {file.name} from the Hugging Face repository {file.repository}, got no file "

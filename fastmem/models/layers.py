@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,19 @@ from fastmem.backends.select import FC1Response
 NO_CLASS = -1
 # most positions whose modulations are computed ahead, and the most numbers these may hold (256 MiB in float32)
 MOST_AHEAD, NUMBERS_AHEAD = 64, 2**26
+
+AnyBlock = TypeVar("AnyBlock", bound=nn.Module)
+
+
+class Blocks(nn.ModuleList, Generic[AnyBlock]):
+    """The blocks of a network, in order, as a list of modules of one type."""
+
+    def __init__(self, blocks: Iterable[AnyBlock]) -> None:
+        super().__init__(blocks)
+
+    def __iter__(self) -> Iterator[AnyBlock]:
+        # torch's list does not know of what type its modules are
+        return cast("Iterator[AnyBlock]", super().__iter__())
 
 
 class Cache:
@@ -97,6 +111,11 @@ class Modulation(nn.Sequential):
     def __init__(self, width: int, parts: int) -> None:
         super().__init__(nn.SiLU(), nn.Linear(width, parts * width))
         self.parts = parts
+
+    @property
+    def weight(self) -> Tensor:
+        """The linear layer's weight, [parts * width, width]."""
+        return self.get_parameter("1.weight")
 
     def project(self, values: Tensor) -> Tensor:
         """Values [classes, positions, width] to all parts side by side, [classes, positions, parts * width]."""

@@ -12,7 +12,16 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fastmem.models.tokenizer import Decoder, Encoder, Tokenizer, check_channels, convolution, group_norm, nearest_codes
+from fastmem.models.tokenizer import (
+    CodebookTokenizer,
+    Decoder,
+    Encoder,
+    Quantizer,
+    check_channels,
+    convolution,
+    group_norm,
+    nearest_codes,
+)
 
 
 @dataclass(frozen=True)
@@ -135,7 +144,7 @@ def _decoder(c: MaskGITVQGANConfig) -> Decoder:
     )
 
 
-class Codebook(nn.Module):
+class Codebook(Quantizer):
     """The learned code vectors [codebook, Z]; the token of a latent is the index of its nearest code."""
 
     def __init__(self, size: int, channels: int, grid: int) -> None:
@@ -143,18 +152,20 @@ class Codebook(nn.Module):
         self.embedding = nn.Embedding(size, channels)
         self.grid = grid
 
-    def forward(self, z: Tensor) -> Tensor:
+    def forward(self, latents: Tensor) -> Tensor:
         """Nearest code of every latent: float [N,Z,G,G] to int64 [N,G*G], in raster order."""
-        rows = z.permute(0, 2, 3, 1).reshape(-1, z.shape[1])
-        return nearest_codes(rows, self.embedding.weight).view(z.shape[0], -1)
+        rows = latents.permute(0, 2, 3, 1).reshape(-1, latents.shape[1])
+        return nearest_codes(rows, self.embedding.weight).view(latents.shape[0], -1)
 
     def latents(self, tokens: Tensor) -> Tensor:
         """Code of every token: int64 [N,G*G] to float [N,Z,G,G]."""
         return self.embedding(tokens).unflatten(1, (self.grid, self.grid)).permute(0, 3, 1, 2)
 
 
-class MaskGITVQGAN(Tokenizer):
+class MaskGITVQGAN(CodebookTokenizer):
     """The tokenizer network of RAR."""
+
+    quantize: Codebook
 
     def __init__(self, config: MaskGITVQGANConfig) -> None:
         super().__init__()

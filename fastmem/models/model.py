@@ -24,6 +24,7 @@ from fastmem.errors import UsageError
 from fastmem.models.layers import NO_CLASS
 from fastmem.models.observation import Observation, Segment, TokenOutcomes
 from fastmem.models.registry import Preset
+from fastmem.models.tokenizer import Tokenizer
 
 # pixels that go through the tokenizer at once, which bounds its memory whatever the caller's batch (8 images of 256 px)
 TOKENIZER_PIXELS = 8 * 256 * 256
@@ -65,7 +66,7 @@ class Model(ABC):
     """
 
     generator_class: ClassVar[type[nn.Module]]
-    tokenizer_class: ClassVar[type[nn.Module]]
+    tokenizer_class: ClassVar[type[Tokenizer]]
     # the preset of a model that no registry row describes: plain sampling without guidance
     plain_preset: ClassVar[Preset] = Preset()
     # share of all units whose edit a family's main results are stated for, fixed before anything is measured
@@ -79,7 +80,7 @@ class Model(ABC):
     vocabulary: int
 
     def __init__(
-        self, generator: nn.Module, tokenizer: nn.Module, preset: Preset, prefixes: Sequence[int] | None = None
+        self, generator: nn.Module, tokenizer: Tokenizer, preset: Preset, prefixes: Sequence[int] | None = None
     ) -> None:
         self.generator = generator.eval().requires_grad_(False)
         # convolutions of the tokenizer run 1.6 times as fast on a CPU in this layout
@@ -347,8 +348,8 @@ class Model(ABC):
             generator: random state to sample with, torch's global one when None.
 
         Raises:
-            UsageError: a preset is given with ``greedy``, a prefix has a length that is not among ``prefix_lengths``,
-                or labels or tokens have another shape or are out of range.
+            UsageError: a preset is given with ``greedy`` or lacks a setting that the family needs, a prefix has a
+                length that is not among ``prefix_lengths``, or labels or tokens have another shape or are out of range.
         """
         if greedy and preset is not None:
             raise UsageError("expected no preset with greedy=True, got one: drop it, or pass greedy=False to sample")

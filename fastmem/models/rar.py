@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from fastmem.backends.plain import Span
 from fastmem.backends.select import FC1Response
 from fastmem.data.views import CenterCrop, TenCrop
 from fastmem.errors import UsageError
-from fastmem.models.layers import MLP, NO_CLASS, Cache, Condition, ConditionsAhead, Modulation, modulate
+from fastmem.models.layers import MLP, NO_CLASS, Blocks, Cache, Condition, ConditionsAhead, Modulation, modulate
 from fastmem.models.maskgit_vqgan import MaskGITVQGAN, MaskGITVQGANConfig
 from fastmem.models.model import Model, Sampling
 from fastmem.models.observation import Observation, Segment
@@ -150,9 +151,7 @@ class RAR(nn.Module):
         self.pos_embed = nn.Parameter(torch.empty(1, config.image_seq_len + 1024, width))
         self.target_aware_pos_embed = nn.Parameter(torch.empty(1, config.image_seq_len + 1024, width))
         self.timesteps_embeddings = nn.Parameter(torch.empty(1, config.image_seq_len + 100, width))
-        self.blocks = nn.ModuleList(
-            Block(width, config.num_heads, config.intermediate_size) for _ in range(config.num_layers)
-        )
+        self.blocks = Blocks(Block(width, config.num_heads, config.intermediate_size) for _ in range(config.num_layers))
         self.embeddings = nn.Embedding(config.codebook_size + config.num_classes + 2, width)
         self.adaln_before_head = FinalModulation(width)
         self.lm_head = nn.Linear(width, config.codebook_size)
@@ -169,8 +168,8 @@ class RAR(nn.Module):
             nn.init.trunc_normal_(table, std=0.02)
         for module in self.modules():
             if isinstance(module, Modulation):
-                nn.init.zeros_(module[1].weight)
-                nn.init.zeros_(module[1].bias)
+                for parameter in module.parameters():
+                    nn.init.zeros_(parameter)
 
     def condition_ids(self, labels: Tensor) -> Tensor:
         """Vocabulary ids of class labels int64 [N]; the label ``NO_CLASS`` stands for the unconditional branch."""
@@ -350,10 +349,13 @@ class RARModel(Model):
         x = network.embed_start(tokens[:, :done].repeat(copies, 1), branches)
         for step in range(done, total):
             logits = network.start(x, branches, cache) if step == done else network.step(x, conditions, cache)
-            if guided:
-                conditional, unconditional = logits.chunk(2)
-                logits = torch.lerp(unconditional, conditional, guidance_scale(sampling.preset, step, total))
-            chosen = logits.argmax(-1) if sampling is None else sample(logits, sampling)
+            if sampling is None:
+                chosen = logits.argmax(-1)
+            else:
+                if guided:
+                    conditional, unconditional = logits.chunk(2)
+                    logits = torch.lerp(unconditional, conditional, guidance_scale(sampling.preset, step, total))
+                chosen = sample(logits, sampling)
             # rows with a longer prefix keep their own token
             tokens[:, step] = torch.where(step < lengths, tokens[:, step], chosen)
             x = network.embed(tokens[:, step : step + 1].repeat(copies, 1), step + LEAD)
@@ -371,13 +373,20 @@ def guidance_scale(preset: Preset, step: int, total: int) -> float:
 
     With n steps done out of N it is 1 + (g - 1) (1 - cos(pi (n/N)^power)) / 2.
 
+    Raises:
+        UsageError: the preset has no ``guidance_power``.
+
     Source: bytedance/1d-tokenizer ``modeling/rar.py``, ``generate``.
     """
+    if preset.guidance_power is None:
+        raise UsageError(
+            "expected a preset with a guidance_power, got None: give the exponent along which the guidance rises"
+        )
     return 1 + (preset.guidance - 1) * (1 - math.cos(math.pi * (step / total) ** preset.guidance_power)) / 2
 
 
 def build(
-    generator: Mapping[str, int], tokenizer: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]] | None
+    generator: Mapping[str, Any], tokenizer: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]] | None
 ) -> tuple[RAR, MaskGITVQGAN]:
     """A generator and a tokenizer of the given sizes, without weights where the default device is "meta".
 

@@ -108,16 +108,37 @@ class Decoder(nn.Module):
 
 
 class Tokenizer(nn.Module, ABC):
-    """A tokenizer network: ``encode`` turns pictures into tokens, ``decode`` tokens into pictures.
+    """A tokenizer network: ``encode`` turns pictures into tokens, ``decode`` tokens into pictures."""
 
-    A family defines the passes between pictures and latents and sets ``quantize``, a module that turns latents into
-    tokens and has a method ``latents`` that turns tokens into latents.
-    """
-
-    quantize: nn.Module
-
+    @abstractmethod
     def encode(self, images: Tensor) -> Tensor:
         """Tokens of pictures: float32 [N,3,R,R] in [0,1] to int64 [N,T]."""
+
+    @abstractmethod
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Pictures of tokens: int64 [N,T] to float32 [N,3,R,R], clamped to [0,1]."""
+
+
+class Quantizer(nn.Module, ABC):
+    """Turns latents into tokens, the indices of learned code vectors, and tokens into latents."""
+
+    embedding: nn.Embedding
+
+    @abstractmethod
+    def forward(self, latents: Tensor) -> Tensor:
+        """Tokens of latents: float32 [N,Z,G,G] to int64 [N,T]."""
+
+    @abstractmethod
+    def latents(self, tokens: Tensor) -> Tensor:
+        """Latents of tokens: int64 [N,T] to float32 [N,Z,G,G]."""
+
+
+class CodebookTokenizer(Tokenizer):
+    """A tokenizer with a quantizer between the passes from pictures to latents and back, which a family defines."""
+
+    quantize: Quantizer
+
+    def encode(self, images: Tensor) -> Tensor:
         return self.quantize(self.latents(images))
 
     @abstractmethod
@@ -125,7 +146,6 @@ class Tokenizer(nn.Module, ABC):
         """Latents of pictures before they are quantised: float32 [N,3,R,R] in [0,1] to float32 [N,Z,G,G]."""
 
     def decode(self, tokens: Tensor) -> Tensor:
-        """Pictures of tokens: int64 [N,T] to float32 [N,3,R,R], clamped to [0,1]."""
         return self.draw(tokens).clamp(0, 1)
 
     def draw(self, tokens: Tensor) -> Tensor:

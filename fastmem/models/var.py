@@ -13,6 +13,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from fastmem.backends.plain import Span
 from fastmem.backends.select import FC1Response
 from fastmem.data.views import CenterCrop, RandomCrops
 from fastmem.errors import UsageError
-from fastmem.models.layers import MLP, NO_CLASS, Cache, Condition, Modulation, modulate
+from fastmem.models.layers import MLP, NO_CLASS, Blocks, Cache, Condition, Modulation, modulate
 from fastmem.models.model import Model, Sampling
 from fastmem.models.observation import Observation, Segment
 from fastmem.models.registry import PREFIX_LADDER, Preset
@@ -105,6 +106,8 @@ class VARConfig:
 
 class Attention(nn.Module):
     """Attention of whole scales with l2-normalised queries and keys and a learned factor for each head."""
+
+    zero_k_bias: Tensor
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -206,6 +209,8 @@ class BeforeHead(nn.Module):
 class VAR(nn.Module):
     """The generator network: teacher-forced logits, unit responses, and steps of cached generation."""
 
+    lvl_1L: Tensor
+
     def __init__(self, config: VARConfig) -> None:
         super().__init__()
         self.config = config
@@ -221,7 +226,7 @@ class VAR(nn.Module):
         self.word_embed = nn.Linear(config.latent_channels, width)
         self.class_emb = nn.Embedding(config.num_classes + 1, width)
         self.lvl_embed = nn.Embedding(len(config.patch_nums), width)
-        self.blocks = nn.ModuleList(Block(width, config.heads, config.units) for _ in range(config.depth))
+        self.blocks = Blocks(Block(width, config.heads, config.units) for _ in range(config.depth))
         self.head_nm = BeforeHead(width)
         self.head = nn.Linear(width, config.codebook_size)
         self.reset_parameters()
@@ -239,14 +244,14 @@ class VAR(nn.Module):
         for table in (self.pos_start, self.pos_1LC):
             nn.init.trunc_normal_(table, std=std)
         self.head.weight.mul_(0.02)
-        self.head_nm.ada_lin[1].weight.mul_(0.5)
+        self.head_nm.ada_lin.weight.mul_(0.5)
         for block in self.blocks:
             block.attn.scale_mul_1H11.fill_(math.log(4))
             for out in (block.attn.proj, block.ffn.fc2):
                 out.weight.div_(math.sqrt(2 * self.config.depth))
             # the first third makes the gates
-            block.ada_lin[1].weight[2 * width :].mul_(0.5)
-            block.ada_lin[1].weight[: 2 * width].mul_(1e-5)
+            block.ada_lin.weight[2 * width :].mul_(0.5)
+            block.ada_lin.weight[: 2 * width].mul_(1e-5)
 
     def condition(self, labels: Tensor) -> Condition:
         """What modulates the blocks for labels int64 [N]; ``NO_CLASS`` stands for the unconditional branch."""
@@ -443,9 +448,12 @@ class VARModel(Model):
         latents, inputs = quantize.latents(prefix), quantize.inputs(prefix, done + 1)
         for scale in range(done, last + 1):
             logits = network.step(inputs.repeat(2, 1, 1) if guided else inputs, branches, cache)
-            if guided:
-                logits = guide(logits, sampling.preset.guidance * scale / last)
-            chosen = logits.argmax(-1) if sampling is None else sample(logits, sampling)
+            if sampling is None:
+                chosen = logits.argmax(-1)
+            else:
+                if guided:
+                    logits = guide(logits, sampling.preset.guidance * scale / last)
+                chosen = sample(logits, sampling)
             start, stop = self.bounds[scale : scale + 2]
             # rows with a longer prefix keep their own tokens
             tokens[:, start:stop] = torch.where(lengths[:, None] >= stop, tokens[:, start:stop], chosen)
@@ -493,9 +501,7 @@ def sample(logits: Tensor, sampling: Sampling) -> Tensor:
 
 
 def build(
-    generator: Mapping[str, int | tuple[int, ...]],
-    tokenizer: Mapping[str, int | tuple[int, ...]],
-    shapes: Mapping[str, tuple[int, ...]] | None,
+    generator: Mapping[str, Any], tokenizer: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]] | None
 ) -> tuple[VAR, MultiScaleVQVAE]:
     """A generator and a tokenizer of the given sizes, without weights where the default device is "meta".
 

@@ -17,7 +17,16 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fastmem.errors import UsageError
-from fastmem.models.tokenizer import Decoder, Encoder, Tokenizer, check_channels, convolution, group_norm, nearest_codes
+from fastmem.models.tokenizer import (
+    CodebookTokenizer,
+    Decoder,
+    Encoder,
+    Quantizer,
+    check_channels,
+    convolution,
+    group_norm,
+    nearest_codes,
+)
 
 PATCH_NUMS = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 # convolutions that refine an up-sampled scale; each serves the scales nearest to its tick
@@ -212,7 +221,7 @@ class Refiners(nn.Module):
         return h * 0.5 + self.qresi_ls[nearest](h) * 0.5
 
 
-class MultiScaleQuantizer(nn.Module):
+class MultiScaleQuantizer(Quantizer):
     """Turns latents into tokens of every scale, and tokens into latents and into the generator's inputs."""
 
     def __init__(self, config: MultiScaleVQVAEConfig) -> None:
@@ -276,8 +285,10 @@ class MultiScaleQuantizer(nn.Module):
         return torch.cat(found, dim=1)
 
 
-class MultiScaleVQVAE(Tokenizer):
+class MultiScaleVQVAE(CodebookTokenizer):
     """The tokenizer network of VAR."""
+
+    quantize: MultiScaleQuantizer
 
     def __init__(self, config: MultiScaleVQVAEConfig) -> None:
         super().__init__()

@@ -150,7 +150,12 @@ def _gaussian(features: Features) -> Gaussian:
 def _frechet(samples: Features, reference: Reference) -> Comparison:
     try:
         own = _gaussian(samples)
-        other = reference.gaussian or _gaussian(reference.features)
+        if reference.gaussian is not None:
+            other = reference.gaussian
+        elif reference.features is not None:
+            other = _gaussian(reference.features)
+        else:
+            return Comparison({}, (f"no fid: {reference.description} holds neither features nor statistics",))
     except UsageError as error:
         return Comparison({}, (f"no fid: {error}",))
     return Comparison({"fid": frechet_distance(own, other)})

@@ -122,7 +122,7 @@ def _extract(
     check_readable(source, len(manifest), len(features))
     if file is not None:
         features.save(file, header)
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(file.with_suffix(".parts"), ignore_errors=True)
     return features
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -155,8 +156,7 @@ class SampleFolder:
     def save_pictures(self, samples: Sequence[int], pixels: np.ndarray) -> None:
         """Write the pictures of samples, uint8 [n,S,S,3], as PNG files; ``samples`` are positions among all samples."""
         for sample, picture in zip(samples, pixels, strict=True):
-            image = Image.fromarray(picture)
-            write_atomically(self.picture_file(sample), lambda partial, image=image: image.save(partial, format="png"))
+            write_atomically(self.picture_file(sample), partial(Image.fromarray(picture).save, format="png"))
 
     def _shard_file(self, kind: str, number: int) -> Path:
         return self.path / kind / f"{number:06d}.safetensors"

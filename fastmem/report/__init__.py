@@ -1,1 +1,1 @@
-"""Tables and pictures of a run."""
+"""Tables, pictures and JSON documents of the results of scoring, extraction and sweeps."""

@@ -1,4 +1,4 @@
-"""The pictures of an extraction, as PNG."""
+"""Draw the results of an extraction as PNG files."""
 
 from __future__ import annotations
 
@@ -16,22 +16,33 @@ from fastmem.extraction.verdicts import Count
 from fastmem.models.model import Model
 from fastmem.report.score_pictures import HELDOUT, INK, TRAIN, draw_image, save_picture, shorten
 
+# candidates shown by default
 SHOWN = 12
 
 
 def draw_extractions(
     path: Path, model: Model, source: ImageSource, extraction: Extraction, title: str, most: int = SHOWN
 ) -> None:
-    """The candidates that came back best from the longest prefix: image, reconstruction, completion, nearest image.
+    """Draw the training candidates whose completions from the longest prefix are most similar to them.
 
-    source: the training images. The last column is left out where no index was searched.
+    Every candidate is shown with its reconstruction by the tokenizer, its completion, and the training image nearest to
+    the completion, which is left out where no index was searched.
+
+    Args:
+        path: the PNG file to write.
+        model: the model whose tokenizer decodes the completions.
+        source: the training images.
+        extraction: the verdicts on the candidates.
+        title: first words of the title.
+        most: greatest number of candidates to show.
+
+    Raises: UsageError where the file cannot be written.
     """
     verdicts, longest = extraction.sets["train"], int(np.argmax(extraction.prefixes))
     at = np.flatnonzero(verdicts.candidate)
     at = at[np.argsort(-verdicts.similarity[longest, at], kind="stable")][:most]
     searched = extraction.index is not None
-    columns = ("image", "reconstruction", f"from {extraction.prefixes[longest]} tokens", "nearest image")
-    columns = columns[: 3 + searched]
+    columns = ["image", "reconstruction", f"from {extraction.prefixes[longest]} tokens"] + ["nearest image"] * searched
     half = -(-len(at) // 2)
     figure = Figure(figsize=(2 * 1.45 * len(columns) + 0.4, 0.8 + 1.6 * half), layout="constrained")
     grid = figure.subplots(half, 2 * len(columns), squeeze=False)
@@ -64,7 +75,10 @@ def _draw_tensor(axis: Axes, image: torch.Tensor, caption: str) -> None:
 
 
 def draw_similarities(path: Path, extraction: Extraction, title: str) -> None:
-    """Histograms of the candidates' similarities with their targets: a panel per prefix, training above held-out."""
+    """Draw histograms of the similarity of completions and targets, one panel for each prefix length, to a PNG file.
+
+    Each panel shows training and held-out candidates. Raises: UsageError where the file cannot be written.
+    """
     prefixes = extraction.prefixes
     low = min(float(v.similarity.min(initial=0)) for v in extraction.sets.values())
     bins = np.linspace(min(0.0, np.floor(low * 20) / 20), 1, 41)
@@ -90,9 +104,15 @@ def draw_similarities(path: Path, extraction: Extraction, title: str) -> None:
 
 
 def draw_dose_response(path: Path, groups: Mapping[str, Sequence[Count]], prefixes: Sequence[int], title: str) -> None:
-    """Share extracted of each group of images, in order, with 95 % intervals: a line per prefix.
+    """Draw the share of extracted images in each group, with 95 % intervals, in one colour for each prefix length.
 
-    groups: for each group a count per prefix.
+    Args:
+        path: the PNG file to write.
+        groups: extracted images of each group, one count for each prefix length, in the order to draw.
+        prefixes: prefix lengths, in tokens.
+        title: title of the picture.
+
+    Raises: UsageError where the file cannot be written.
     """
     names = list(groups)
     figure = Figure(figsize=(1.6 + 0.95 * len(names), 3.6), layout="constrained")
@@ -117,6 +137,6 @@ def draw_dose_response(path: Path, groups: Mapping[str, Sequence[Count]], prefix
 
 
 def _label(name: str, images: int) -> str:
-    """A group's name and size, broken where it would run into its neighbour."""
+    """Return a group's name and size, with line breaks, so that it does not overlap its neighbours."""
     broken = name.replace(", ", ",\n")
     return f"{broken}\n({images})"

@@ -1,4 +1,4 @@
-"""What an extraction leaves: a table with a row per target and prefix, pictures, and the document of ``--json``."""
+"""Report an extraction as a JSON document, and as a parquet table with a row for every target and prefix length."""
 
 from __future__ import annotations
 
@@ -14,17 +14,24 @@ from fastmem.extraction.extract import Extraction, Verdicts
 from fastmem.extraction.verdicts import Count
 from fastmem.files import write_table
 
+# edges of the bins of similarity histograms
 BINS = np.round(np.linspace(-1, 1, 41), 2)
 
 
 def counts(verdicts: Verdicts, among: np.ndarray, original: bool = False) -> list[Count]:
-    """Extracted of the targets ``among`` (bool [N]), for every prefix."""
+    """Return, for every prefix length, how many of the targets that ``among``, bool [N], marks are extracted.
+
+    ``original`` compares completions with the images themselves, rather than with the tokenizer's reconstructions.
+    """
     found = verdicts.extracted_original if original else verdicts.extracted
     return [Count(int((row & among).sum()), int(among.sum())) for row in found]
 
 
 def describe(extraction: Extraction, associations: Mapping[str, Association]) -> dict[str, Any]:
-    """The document of ``--json``, without the run and the edit."""
+    """Return the results of an extraction as a dictionary for a JSON document, without the run and the edit.
+
+    ``associations`` say, by ranking, whether owners of high-scoring units are extracted more often.
+    """
     train, heldout = extraction.sets["train"], extraction.sets.get("heldout")
     keys = [str(p) for p in extraction.prefixes]
     judged = not np.isnan(train.original).all()
@@ -87,11 +94,13 @@ def _histogram(keys: list[str], verdicts: Verdicts) -> dict[str, list[int]]:
 
 
 def write_verdicts(path: Path, extraction: Extraction, manifests: Mapping[str, Manifest]) -> None:
-    """Write the table: one row for each target and prefix.
+    """Write a parquet table with one row for each target and prefix length.
 
-    Columns: id, set, class, label, name, candidate, matched, candidate_score, prefix, token_match, similarity,
+    The columns are id, set, class, label, name, candidate, matched, candidate_score, prefix, token_match, similarity,
     extracted, similarity_to_image, extracted_image, ceiling, nearest_id, nearest_name, nearest_similarity,
-    twin_similarity, group. What was not measured is null.
+    twin_similarity and group; values that were not measured are null. ``manifests`` are the images by set.
+
+    Raises: UsageError where the file cannot be written.
     """
     import pyarrow
 

@@ -1,4 +1,4 @@
-"""UnitMem by segment and block as a heat map, for models that are scored at more than a few places."""
+"""Draw UnitMem by segment and block as a heat map, for models with more than a few segments."""
 
 from __future__ import annotations
 
@@ -12,27 +12,36 @@ from fastmem.ranking.selection import find_matched, ranked_segments
 from fastmem.report.score_pictures import INK, save_picture
 from fastmem.stats import UnitStats
 
-# cells with numbers in them get too small to read above this many columns
+# with more columns than this, cells are too small for readable numbers
 NUMBERED_COLUMNS = 16
+# the highest units are one in this many
 TOP_SHARE = 100
 
 
 def unitmem_cells(stats: UnitStats) -> tuple[np.ndarray, np.ndarray]:
-    """Mean UnitMem of all units, and of the top 1 % (at least one): float64 [ranked segments, layers] each."""
+    """Return the mean UnitMem of all units and that of the top 1 % of units, float64 [ranked segments, layers] each."""
     scores = stats.unitmem()[:, ranked_segments(stats)].numpy().transpose(1, 0, 2)
     count = max(1, scores.shape[2] // TOP_SHARE)
     return scores.mean(2), np.sort(scores, 2)[..., -count:].mean(2)
 
 
 def draw_unitmem_heatmap(path: Path, stats: UnitStats, heldout: UnitStats | None, title: str) -> None:
-    """UnitMem by segment (rows) and block (columns): of all units, and of each cell's top 1 %.
+    """Draw the mean UnitMem of every segment (rows) and block (columns), over all units and over the top 1 %.
 
-    Where there is a held-out set it is drawn below on the same colours, and above it the training images that match it,
-    because UnitMem grows with the number of images.
+    UnitMem grows with the number of images. Held-out images are therefore drawn together with the part of the training
+    images that has the same size and classes, on the same colour scale.
+
+    Args:
+        path: the PNG file to write.
+        stats: statistics of the training images.
+        heldout: statistics of the held-out images; None where there are none.
+        title: first words of the title.
+
+    Raises: UsageError where the file cannot be written.
     """
     sets = [("training", stats)]
-    matched = heldout and find_matched(stats, heldout)
-    if matched is not None:
+    matched = None if heldout is None else find_matched(stats, heldout)
+    if heldout is not None and matched is not None:
         sets += [("training, matched", matched), ("held-out", heldout)]
     names = [stats.segments[i] for i in ranked_segments(stats)]
     cells = [unitmem_cells(own) for _, own in sets]

@@ -1,4 +1,4 @@
-"""The table of images: one row per training and held-out image, as parquet."""
+"""Write the table of images, a parquet file with one row for every training and held-out image."""
 
 from __future__ import annotations
 
@@ -18,10 +18,16 @@ def write_image_table(
     losses: Mapping[str, ImageLosses | None],
     owned: Mapping[str, np.ndarray],
 ) -> None:
-    """Write id, set, class, label, name and fold of every image, its losses where kept, and the units it owns.
+    """Write id, set, class, label, name and fold of every image, its losses, and the number of units that it owns.
 
-    manifests, losses: by set, "train" first; owned: for each ranking the selected units that each training image owns,
-    int [N]; empty for held-out images.
+    Args:
+        path: the parquet file to write.
+        manifests: images by set, "train" first.
+        losses: losses of the images by set; None where they were not saved.
+        owned: for each ranking, the number of top units that each training image owns, int64 [N] in manifest order;
+            the column is null for held-out images.
+
+    Raises: UsageError where the file cannot be written.
     """
     import pyarrow
 

@@ -1,4 +1,4 @@
-"""Tables as aligned text that is also Markdown."""
+"""Tables as aligned text, which is also valid Markdown."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table with right-aligned columns."""
+    """Return a table with right-aligned columns from the cells of its ``head`` and of its ``rows``."""
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
     lines = [
         "| " + " | ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) + " |"

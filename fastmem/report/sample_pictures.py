@@ -1,4 +1,4 @@
-"""A sheet of samples, as PNG."""
+"""Draw a sheet of samples as a PNG file."""
 
 from __future__ import annotations
 
@@ -14,13 +14,23 @@ from fastmem.quality.features import to_bytes
 from fastmem.quality.samples import SampleFolder
 from fastmem.report.score_pictures import INK, save_picture, shorten
 
+# greatest numbers of classes, and of samples of each class, on a sheet
 CLASSES, COLUMNS = 8, 8
 
 
 def draw_samples(path: Path, model: Model, samples: SampleFolder, classes: Sequence[str], title: str) -> None:
-    """The first samples of some classes, a row for each: those of which there are most, evenly over their order.
+    """Draw the first samples of some classes, one row for each class.
 
-    classes: names in label order; a label beyond them is drawn as its number.
+    The classes are evenly spread over those that have enough samples to fill a row, or else the most samples.
+
+    Args:
+        path: the PNG file to write.
+        model: the model whose tokenizer decodes the samples.
+        samples: folder of the samples.
+        classes: class names in label order; a label without a name is shown as a number.
+        title: title of the picture.
+
+    Raises: UsageError where the file cannot be written; InputFileError where a file of samples is missing or damaged.
     """
     labels, counts = np.unique(samples.labels, return_counts=True)
     full = labels[counts >= min(COLUMNS, counts.max())]
@@ -40,6 +50,6 @@ def draw_samples(path: Path, model: Model, samples: SampleFolder, classes: Seque
 
 
 def _pictures(model: Model, samples: SampleFolder, members: np.ndarray) -> np.ndarray:
-    """Decoded samples, uint8 [n,S,S,3]."""
+    """Return the pictures of samples, uint8 [n,S,S,3], at the positions ``members`` among all samples."""
     tokens = [samples.tokens(sample // samples.batch)[sample % samples.batch] for sample in members.tolist()]
     return to_bytes(model.decode(torch.stack(tokens)))

@@ -1,4 +1,4 @@
-"""The pictures of a scoring run, as PNG."""
+"""Draw the results of a scoring run as PNG files."""
 
 from __future__ import annotations
 
@@ -18,29 +18,41 @@ from fastmem.ranking.selection import find_matched, matched_to, ranked_segments
 from fastmem.report.unit_table import TopUnit
 from fastmem.stats import UnitStats
 
+# colours of training images, of the part of them that matches the held-out images, of held-out images, and of text
 TRAIN, FOLD, HELDOUT, INK = "#2a6f97", "#edae49", "#d1495b", "#333333"
 DPI = 130
 
 
 def save_picture(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG, whole or not at all."""
-    # no date and no version in the file: equal results are equal bytes
+    """Write a figure to a PNG file, completely or not at all. Raises: UsageError where it cannot be written."""
+    # without the library's version in the file, equal results give equal files
     write_atomically(path, lambda partial: figure.savefig(partial, format="png", dpi=DPI, metadata={"Software": None}))
 
 
 def draw_unitmem_by_block(path: Path, stats: UnitStats, heldout: UnitStats | None, title: str) -> None:
-    """UnitMem by block: for every ranked segment a box per block (quartiles, 5-95 % whiskers) and its top 1 % as dots.
+    """Draw the distribution of UnitMem in every block as a box plot, with one panel for each ranked segment.
 
-    Where there is a held-out set its medians and 95th percentiles are drawn over it. The largest response, and with it
-    UnitMem, grows with the number of images, so the training images that match that set are drawn likewise.
+    Boxes show quartiles, whiskers show 5 % to 95 %, and dots show the top 1 % of units. For held-out images the median
+    and the 95th percentile are drawn as lines. UnitMem grows with the number of images, so the same lines are drawn for
+    the part of the training images that has the size and classes of the held-out set.
+
+    Args:
+        path: the PNG file to write.
+        stats: statistics of the training images.
+        heldout: statistics of the held-out images; None where there are none.
+        title: first words of the title.
+
+    Raises: UsageError where the file cannot be written.
     """
     segments = ranked_segments(stats)
     layers = stats.shape[0]
     figure = Figure(figsize=(max(6.0, 1.6 + 0.42 * layers), 0.8 + 2.9 * len(segments)), layout="constrained")
     axes = figure.subplots(len(segments), 1, sharex=True, squeeze=False)[:, 0]
     scores = stats.unitmem().numpy()
-    matched = heldout and find_matched(stats, heldout)
-    controls = [] if matched is None else [(matched, FOLD, "training, matched"), (heldout, HELDOUT, "held-out")]
+    controls = []
+    matched = None if heldout is None else find_matched(stats, heldout)
+    if heldout is not None and matched is not None:
+        controls = [(matched, FOLD, "training, matched"), (heldout, HELDOUT, "held-out")]
     for axis, segment in zip(axes, segments, strict=True):
         _draw_boxes(axis, scores[:, segment])
         for control, colour, _ in controls:
@@ -63,9 +75,20 @@ def draw_unitmem_by_block(path: Path, stats: UnitStats, heldout: UnitStats | Non
 def draw_train_against_heldout(
     path: Path, stats: UnitStats, heldout: UnitStats, gap: Gap, rate: float, title: str
 ) -> None:
-    """UnitMem on training against UnitMem on held-out images of a matched set: one panel per ranked segment.
+    """Draw the UnitMem of every unit on training images against that on held-out images, for sets of equal size.
 
-    The shade counts units; those that stand out at the false-discovery rate ``rate`` are circled.
+    There is one panel for each ranked segment. The shade shows the number of units. Units whose gap is significant at
+    a false-discovery rate are circled.
+
+    Args:
+        path: the PNG file to write.
+        stats: statistics of the training images.
+        heldout: statistics of the held-out images.
+        gap: difference in UnitMem of every unit, with its significance.
+        rate: the false-discovery rate, in (0,1).
+        title: first words of the title.
+
+    Raises: UsageError where no part of the training images matches the held-out images, or the file cannot be written.
     """
     segments = ranked_segments(stats)
     columns = min(4, len(segments))
@@ -93,9 +116,9 @@ def draw_train_against_heldout(
         axis.set_axis_off()
     figure.supxlabel("UnitMem on held-out images", fontsize=9)
     figure.supylabel("UnitMem on training images", fontsize=9)
-    called = int((gap.q_value <= rate).sum())
+    standing_out = int((gap.q_value <= rate).sum())
     figure.suptitle(
-        f"{title}: {gap.images:,} matched images each; {called:,} units stand out\nat a false-discovery rate of "
+        f"{title}: {gap.images:,} matched images each; {standing_out:,} units stand out\nat a false-discovery rate of "
         f"{rate:.0%}",
         fontsize=10,
         color=INK,
@@ -136,14 +159,21 @@ def _draw_lines(axis: Axes, scores: np.ndarray, colour: str) -> None:
 def draw_contact_sheet(
     path: Path, units: Sequence[TopUnit], source: ImageSource, names: Mapping[int, str], title: str
 ) -> None:
-    """The images behind the highest units: a row per unit, best image first, with its name and response.
+    """Draw the images with the largest responses of some units: a row for each unit, the largest response first.
 
-    units: at least one, all with as many images or fewer; names: CLASS/NAME by image id.
+    Args:
+        path: the PNG file to write.
+        units: the units, at least one.
+        source: the training images.
+        names: ``class/name`` of the images by id.
+        title: title of the picture.
+
+    Raises: UsageError where the file cannot be written.
     """
     columns = max(len(unit.image_ids) for unit in units)
     half = -(-len(units) // 2)
     figure = Figure(figsize=(2 * (1.5 + 1.15 * columns), 0.7 + 1.35 * half), layout="constrained")
-    # two blocks of rows side by side, each with a column for the unit's name
+    # the rows are in two halves side by side, and each half has one more column for the unit's name
     grid = figure.subplots(half, 2 * (columns + 1), squeeze=False)
     for axis in grid.flat:
         axis.set_axis_off()
@@ -165,18 +195,27 @@ def draw_contact_sheet(
 
 
 def draw_image(axis: Axes, source: ImageSource, image_id: int, caption: str) -> None:
-    """One image of a source by its id, small, with a caption above it."""
+    """Draw one image at a small size, with a caption above it; the reason is shown where the image cannot be read.
+
+    Args:
+        axis: where to draw.
+        source: the images.
+        image_id: id of the image.
+        caption: the text above it.
+
+    Raises: UsageError where the source has no image with that id.
+    """
     try:
         picture = source.read(int(source.index_of(np.array([image_id]))[0]))
         picture.thumbnail((160, 160))
         axis.imshow(np.asarray(picture))
     except DamagedImage as error:
-        # it could be read when it was scored
+        # the image was readable when it was scored, so its file has changed since
         axis.text(0.5, 0.5, error.reason, ha="center", va="center", fontsize=6, wrap=True)
     axis.set_title(caption, fontsize=6, color=INK, pad=2)
 
 
 def shorten(name: str) -> str:
-    """The file's name of CLASS/NAME, short enough for a caption."""
+    """Return the file name in an image name ``class/name``, without suffix and cut to the length of a caption."""
     stem = name.rsplit("/", 1)[-1].rsplit(".", 1)[0].replace("$", r"\$")
     return stem if len(stem) <= 18 else stem[:17] + "…"

@@ -1,4 +1,4 @@
-"""What a scoring run leaves besides its statistics: tables, pictures, and the document that ``--json`` prints."""
+"""Report a scoring run: tables of units and images, pictures, and a JSON document with the controls."""
 
 from __future__ import annotations
 
@@ -24,23 +24,25 @@ from fastmem.scoring.score import ScoreResult
 from fastmem.scoring.settings import ScoreSettings
 from fastmem.stats import UnitStats
 
+# units on the sheet of images
 SHEET_UNITS = 16
-# fewer segments are compared more easily in the picture by block
+# fewer segments than this need no heat map, because the picture by block compares them well
 HEATMAP_SEGMENTS = 3
+# false-discovery rate at which units with a gap are counted
 FALSE_DISCOVERIES = 0.05
 
 
 @dataclass(frozen=True, eq=False)
 class ScoreFindings:
-    """What was found besides the statistics: the highest units, and the controls.
+    """The findings of a scoring run besides its statistics: the highest units, and the controls.
 
     Attributes:
-        top: the units of highest UnitMem, best first.
-        names: CLASS/NAME of the training images by id.
-        reliability: how far each ranking repeats itself on other images, by ranking.
-        gap: UnitMem on training against held-out images; None without held-out images.
-        membership: how well a score tells training images from held-out ones, by score; empty without losses.
-        owned: how many units of the top 5 % each training image owns, int64 [N] in manifest order, by ranking.
+        top: the units of highest UnitMem, highest first.
+        names: ``class/name`` of the training images by id.
+        reliability: agreement of each ranking between halves of the images, by ranking.
+        gap: UnitMem on training images minus that on held-out images; None where there is no matching held-out set.
+        membership: how well each score separates training images from held-out images, by score; empty without losses.
+        owned: number of units of the top 5 % that each training image owns, int64 [N] in manifest order, by ranking.
     """
 
     top: tuple[TopUnit, ...]
@@ -52,11 +54,11 @@ class ScoreFindings:
 
 
 def find(result: ScoreResult) -> ScoreFindings:
-    """Rankings, their reliability and owners, the gap to the held-out set, and membership inference."""
+    """Return the findings of a scoring run: top units, reliability, gap, membership inference and owned units."""
     stats, heldout, manifest = result.train, result.heldout, result.manifests["train"]
     top = top_units(stats, SHEET_UNITS)
     found_gap = None
-    # damaged files can leave the two sets unlike
+    # where damaged files were skipped, the held-out set may no longer match any part of the training images
     if heldout is not None and heldout.count and top and find_matched(stats, heldout) is not None:
         found_gap = gap(stats, heldout)
     rankings = [by for by in RANKINGS if top and _can_rank(by, stats, found_gap)]
@@ -72,17 +74,22 @@ def find(result: ScoreResult) -> ScoreFindings:
 def _can_rank(by: str, stats: UnitStats, found_gap: Gap | None) -> bool:
     if by == "gap":
         return found_gap is not None
-    # merged runs may have neither class rows nor their summary
+    # a run merged from parts may lack the statistics by class, and a summary of them
     return by != "within-class" or stats.known_summary is not None or stats.rows is not None
 
 
 def find_membership(result: ScoreResult) -> dict[str, Membership]:
-    """Membership inference by the loss, and by what the class label gains where it is known; empty without losses."""
+    """Return how well losses separate training images from held-out images; empty where losses were not saved.
+
+    The key "loss" stands for the loss itself. The key "guided", where the loss without a class is known, stands for
+    that loss minus the loss with the class.
+    """
     train, heldout = result.train_losses, result.heldout_losses
-    if train is None or heldout is None or not result.heldout.count or not result.train.count:
+    counts = (result.train.count, 0 if result.heldout is None else result.heldout.count)
+    if train is None or heldout is None or not all(counts):
         return {}
     found = {"loss": membership(-train.loss, -heldout.loss)}
-    if train.guided is not None:
+    if train.guided is not None and heldout.guided is not None:
         found["guided"] = membership(train.guided, heldout.guided)
     return found
 
@@ -95,15 +102,15 @@ def write_report(
     settings: ScoreSettings,
     with_pictures: bool = True,
 ) -> tuple[dict[str, Any], ScoreFindings]:
-    """Write tables, pictures and result.json; returns the document and what was found.
+    """Write the tables, the pictures and result.json of a scoring run, and return its document and findings.
 
     Args:
         model: the model that was scored.
         source: the training images.
         folder: the run folder.
-        result: what the pass found.
-        settings: of the pass.
-        with_pictures: False writes tables alone.
+        result: statistics and losses of the run.
+        settings: settings of the run.
+        with_pictures: whether pictures are drawn.
 
     Raises: UsageError where the folder cannot be written.
     """
@@ -140,8 +147,8 @@ def write_report(
 
 
 def _draw(path: Path, name: str, source: ImageSource, result: ScoreResult, found: ScoreFindings) -> list[Path]:
-    """Draw the pictures that the run has enough for; returns where they lie."""
-    # drawing loads matplotlib, which the pass does not need
+    """Draw the pictures for which the run has what they need, and return their paths."""
+    # imported here, because these load matplotlib, which takes time and is not needed before
     from fastmem.report.heatmap import draw_unitmem_heatmap
     from fastmem.report.score_pictures import draw_contact_sheet, draw_train_against_heldout, draw_unitmem_by_block
 
@@ -154,14 +161,17 @@ def _draw(path: Path, name: str, source: ImageSource, result: ScoreResult, found
     if len(stats.segments) >= HEATMAP_SEGMENTS and found.top:
         pictures.append(path / "unitmem-by-segment.png")
         draw_unitmem_heatmap(pictures[-1], stats, heldout, name)
-    if found.gap is not None:
+    if found.gap is not None and heldout is not None:
         pictures.append(path / "train-against-heldout.png")
         draw_train_against_heldout(pictures[-1], stats, heldout, found.gap, FALSE_DISCOVERIES, name)
     return pictures
 
 
 def gap_document(found: Gap, stats: UnitStats) -> dict[str, Any]:
-    """The gap for a JSON document: mean over units with its interval by segment, and how many units stand out."""
+    """Return the gap for a JSON document: its mean over units by segment, and the number of significant units.
+
+    ``stats`` are the statistics of the training images, which name the segments.
+    """
     ranked = [name for name in stats.segments if name not in stats.class_only]
     return {
         "images": found.images,
@@ -181,5 +191,5 @@ def gap_document(found: Gap, stats: UnitStats) -> dict[str, Any]:
 
 
 def _numbers(values: dict[str, Any]) -> dict[str, Any]:
-    # JSON has no NaN
+    """Return the values with None in place of NaN, which JSON does not have."""
     return {key: None if isinstance(v, float) and math.isnan(v) else v for key, v in values.items()}

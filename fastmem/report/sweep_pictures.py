@@ -1,4 +1,4 @@
-"""The picture of a sweep: what is extracted against what it costs, the controls as bands."""
+"""Draw a sweep as a PNG file: extracted targets against loss of quality, for selections and their controls."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from fastmem.sweep.findings import COSTS, Findings
 from fastmem.sweep.plan import DRAWN, NO_EDIT, percent
 from fastmem.sweep.table import unedited_cost
 
+# greatest number of metrics that are drawn, one panel each
 PANELS = 2
-# told apart by marker as well as by colour
+# colour and marker of each selection, so that they also differ for people who cannot tell the colours apart
 STYLES = {
     "unitmem": ("#2a6f97", "o"),
     "attribution": ("#d1495b", "D"),
@@ -32,12 +33,15 @@ STYLES = {
 
 
 def draw_sweep(path: Path, findings: Findings, title: str) -> None:
-    """Extracted targets against loss of quality: by the metric of the comparisons, and by the best of the others.
+    """Draw the number of extracted targets against the loss of quality, with one panel for each of up to two metrics.
 
-    A line per selection has a marker per fraction; random and matched units are a band from their lowest to their
-    highest seed; random units at equal quality are crosses, tied to the edit that they stand beside.
+    The first metric is the one of the comparisons. Each selection is a line with a marker for every fraction. Random
+    and matched units are bands from the lowest to the highest seed. Random units at equal quality are crosses, each
+    with a dotted line to the edit that it is compared with.
+
+    Raises: UsageError where the file cannot be written.
     """
-    measured = [m for m in COSTS if m in findings.measured[0].metrics and m != findings.cost]
+    measured = [m for m in COSTS if m in findings.measured[0].values and m != findings.cost]
     metrics = [findings.cost, *measured][:PANELS]
     figure = Figure(figsize=(2.2 + 5.2 * len(metrics), 4.8), layout="constrained")
     axes = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
@@ -49,12 +53,12 @@ def draw_sweep(path: Path, findings: Findings, title: str) -> None:
     axes[0].set_ylabel(f"extracted, of {int(findings.targets.reported.sum()):,} targets")
     axes[0].set_ylim(bottom=0)
     figure.suptitle(title, fontsize=10, color=INK)
-    # the first panel has every mark of the others
+    # the first panel has all markers, so one legend is enough
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8, frameon=False)
     save_picture(figure, path)
 
 
-# by selection and fraction: (cost, extracted) of each seed
+# cost and number of extracted targets for each seed, by selection and fraction
 Points = dict[str, dict[float, list[tuple[float, float]]]]
 
 
@@ -64,7 +68,7 @@ def _points(findings: Findings, factor: float | None, metric: str) -> Points:
     for m in findings.measured:
         if not m.missing and m.row.factor in (NO_EDIT.factor, factor):
             count = float(findings.targets.extracted(m)[-1, findings.targets.reported].sum())
-            found.setdefault(m.row.by, {}).setdefault(m.row.fraction, []).append((m.metrics[metric] - before, count))
+            found.setdefault(m.row.by, {}).setdefault(m.row.fraction, []).append((m.values[metric] - before, count))
     return found
 
 
@@ -83,7 +87,7 @@ def _draw_panel(axis: Axes, points: Points) -> None:
 
 
 def _draw_band(axis: Axes, by: str, rows: Mapping[float, Sequence[tuple[float, float]]]) -> None:
-    """The mean of every fraction, within a band from the lowest to the highest seed; bars span their costs."""
+    """Draw the mean at every fraction, a band from the lowest to the highest count, and bars over the seeds' costs."""
     colour, _ = STYLES[by]
     fractions = sorted(rows)
     seeds = [np.array(rows[f]) for f in fractions]

@@ -1,4 +1,4 @@
-"""A sweep as text: its rows, comparisons, what a search reached, and attacks on its edits."""
+"""Format a sweep as text tables: its rows, its comparisons, the results of a search, and further attacks on edits."""
 
 from __future__ import annotations
 
@@ -14,17 +14,21 @@ from fastmem.report.markdown import markdown_table
 from fastmem.sweep.comparisons import EQUAL_QUALITY
 from fastmem.sweep.plan import DRAWN, Row, percent
 
+# comparisons with a corrected p-value up to this are always shown
 STANDS_OUT = 0.05
 ROW_FIELDS = tuple(Row.__dataclass_fields__)
 
 
 def row_of(record: dict[str, Any]) -> Row:
-    """The plan's row of a record."""
+    """Return the row, an edit with its seed, of a record in a document."""
     return Row(**{name: record[name] for name in ROW_FIELDS})
 
 
 def row_table(document: Mapping[str, Any]) -> str:
-    """A line for every edit; drawn ones as the mean over their seeds, with the lowest and the highest."""
+    """Return a table with a line for every edit, from the document of a sweep.
+
+    Random and matched units are shown by the mean, the lowest and the highest number of extracted targets over seeds.
+    """
     cost, total = document["cost"], document["reported_targets"]
     seeds: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for record in document["rows"]:
@@ -46,13 +50,16 @@ def row_table(document: Mapping[str, Any]) -> str:
 
 
 def told_comparisons(comparisons: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Those at the fractions of which equal quality was looked for, and whatever stands out anywhere; all, without."""
+    """Return the comparisons to show: those at fractions with a comparison at equal quality, and the significant ones.
+
+    Where no fraction has a comparison at equal quality, all are shown.
+    """
     declared = {c["fraction"] for c in comparisons if c["rival"] == EQUAL_QUALITY}
     return [c for c in comparisons if not declared or c["fraction"] in declared or c["holm"] <= STANDS_OUT]
 
 
 def comparison_table(comparisons: Sequence[dict[str, Any]]) -> str:
-    """A line for every selection beside every rival."""
+    """Return a table with a line for every comparison."""
     body = []
     for c in comparisons:
         d = c["difference"]
@@ -74,7 +81,7 @@ def comparison_table(comparisons: Sequence[dict[str, Any]]) -> str:
 
 
 def search_table(document: Mapping[str, Any]) -> str:
-    """A line for every recipe that reached the reduction, cheapest first."""
+    """Return a table with a line for every recipe that reached the reduction, from the document of a search."""
     body = [
         (
             row_of(r).title,
@@ -93,12 +100,12 @@ def search_table(document: Mapping[str, Any]) -> str:
 
 
 def interval_text(estimate: dict[str, float]) -> str:
-    """An estimate with its interval."""
+    """Return the text of an estimate with its interval."""
     return f"{estimate['value']:+.4f} ({estimate['low']:+.4f} to {estimate['high']:+.4f})"
 
 
 def search_sentence(document: Mapping[str, Any]) -> str:
-    """Whether anything beats plain halving by UnitMem at the same reduction, by samples that it was not chosen by."""
+    """Return a sentence that says whether an edit costs less than halving by UnitMem, from the document of a search."""
     plain, reached = document["plain_halving"], document["reached"]
     if plain is None:
         goal = f"a reduction of {document['target_reduction']:.0%}"
@@ -122,7 +129,10 @@ def search_sentence(document: Mapping[str, Any]) -> str:
 
 
 def attack_table(found: dict[str, Any]) -> str:
-    """A line for every attempt on one edit."""
+    """Return a table with a line for every attack on one edit, and a line for every attacker who scales rows back.
+
+    ``found`` is the record of the attacks in a document.
+    """
     body = [
         (a["approach"], str(a["prefix"]), str(a["targets"]), str(a["before"]), str(a["after"]))
         for a in found["attempts"]
@@ -132,8 +142,8 @@ def attack_table(found: dict[str, Any]) -> str:
         markdown_table(("attack", "prefix", "targets", "no edit", "edited"), body),
     ]
     parts += [
-        f"scaled back by one who knows {r['knows']}: {r['found']:,} rows found, {r['wrong']:,} wrong; "
-        f"{r['extracted']} extracted"
+        f"scaled back, knowing {r['knows']}: {r['found']:,} rows found, {r['wrong']:,} wrong; "
+        f"{r['extracted']} targets extracted"
         for r in found["rescalings"]
     ]
     return "\n".join(parts)

@@ -1,4 +1,4 @@
-"""The table of units: one row per block, segment and unit, as parquet."""
+"""Write the table of units, a parquet file with one row for every block, segment and unit, and find the top units."""
 
 from __future__ import annotations
 
@@ -19,7 +19,17 @@ from fastmem.stats import UnitStats
 
 @dataclass(frozen=True)
 class TopUnit:
-    """A unit of the ranking: block and unit from 0, the segment of its highest UnitMem, its largest images' ids."""
+    """A unit among those of highest UnitMem.
+
+    Attributes:
+        layer: block of the unit, from 0.
+        segment: name of the segment in which its UnitMem is highest.
+        unit: position of the unit in its block, from 0.
+        unitmem: UnitMem in that segment.
+        class_selectivity: class selectivity in that segment.
+        image_ids: ids of the images with the largest responses, largest first.
+        responses: responses to these images.
+    """
 
     layer: int
     segment: str
@@ -31,7 +41,10 @@ class TopUnit:
 
 
 def top_units(stats: UnitStats, count: int) -> list[TopUnit]:
-    """The units of highest UnitMem, merged over segments by the maximum; ties by (layer, unit)."""
+    """Return the ``count`` units of highest UnitMem, highest first; the highest value over the segments counts.
+
+    Of units with equal values, the one in the lower layer or at the lower position comes first.
+    """
     segments = ranked_segments(stats)
     if not segments:
         return []
@@ -57,16 +70,23 @@ def top_units(stats: UnitStats, count: int) -> list[TopUnit]:
 
 
 def names_by_id(manifest: Manifest) -> dict[int, str]:
-    """Image names CLASS/NAME by id."""
+    """Return the image names ``class/name`` by id."""
     return dict(zip(manifest.ids.tolist(), manifest.names.tolist(), strict=True))
 
 
 def write_unit_table(
     path: Path, stats: UnitStats, heldout: UnitStats | None, names: Mapping[int, str], gap: Gap | None = None
 ) -> None:
-    """Write one row per (layer, segment, unit) with scores, moments and the largest images, whole or not at all.
+    """Write one row for every layer, segment and unit, with its scores, moments and images of largest response.
 
-    names: CLASS/NAME by image id.
+    Args:
+        path: the parquet file to write.
+        stats: statistics of the training images.
+        heldout: statistics of the held-out images, for columns of their own; None where there are none.
+        names: ``class/name`` of the training images by id.
+        gap: difference in UnitMem between training and held-out images; None leaves out its columns.
+
+    Raises: UsageError where the file cannot be written.
     """
     import pyarrow
 

@@ -197,8 +197,8 @@ class ClassSummary:
     @classmethod
     def zero(cls, shape: Shape, device: torch.device | str = "cpu") -> ClassSummary:
         """The summary of no classes."""
-        zeros = (torch.zeros(shape, dtype=torch.float64, device=device) for _ in range(3))
-        return cls(0, *zeros, torch.full(shape, -1, dtype=torch.int64, device=device))
+        total, largest, within = (torch.zeros(shape, dtype=torch.float64, device=device) for _ in range(3))
+        return cls(0, total, largest, within, torch.full(shape, -1, dtype=torch.int64, device=device))
 
     def update(self, row: ClassRow) -> ClassSummary:
         """The summary after one more class, given the row of all its images; a class without images is left out."""

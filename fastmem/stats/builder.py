@@ -125,7 +125,7 @@ class StatsBuilder:
 
         They do not hold the rows of closed classes, which must be kept in files or not at all.
         """
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for i, fold in enumerate(self.folds):
             tensors |= fold.to_tensors(f"fold{i}.")
         for i, summary in enumerate(self.summaries):

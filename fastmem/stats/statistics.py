@@ -64,7 +64,8 @@ class UnitStats:
     @property
     def shape(self) -> Shape:
         """The numbers of layers, of segments and of units in a layer."""
-        return tuple(self.fold.view_total.shape)
+        layers, segments, units = self.fold.view_total.shape
+        return layers, segments, units
 
     @property
     def mean(self) -> Tensor:
@@ -259,15 +260,16 @@ def merge_folds(folds: Sequence[UnitStats]) -> UnitStats:
 
 
 def _row_or_zero(stats: UnitStats, label: int) -> ClassRow:
-    return stats.rows.read(label) if label in stats.class_counts else ClassRow.zero(stats.shape)
+    return stats._kept_rows().read(label) if label in stats.class_counts else ClassRow.zero(stats.shape)
 
 
 def _pack(stats: UnitStats, prefix: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors, under names that begin with ``prefix``, and header of statistics and their folds, for a file."""
-    tensors, summaries = {}, []
+    tensors: dict[str, Tensor] = {}
+    summaries: list[int | None] = []
     for name, part in (("whole", stats), *((f"fold{i}", fold) for i, fold in enumerate(stats.folds))):
         summary = part.known_summary
-        summaries.append(summary and summary.count)
+        summaries.append(None if summary is None else summary.count)
         if summary is not None:
             tensors |= summary.to_tensors(f"{prefix}{name}.classes.")
     for i, fold in enumerate(stats.folds):
@@ -296,7 +298,7 @@ def _unpack(tensors: Mapping[str, Tensor], header: Mapping[str, Any], prefix: st
                 tuple(header["segments"]),
                 tuple(header["class_only"]),
                 class_counts,
-                rows and ClassRows.of_files(class_counts, rows, i),
+                None if rows is None else ClassRows.of_files(class_counts, rows, i),
                 summary(f"fold{i}", header["summaries"][i + 1]),
                 origin=header["origin"],
             )

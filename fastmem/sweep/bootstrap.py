@@ -104,7 +104,7 @@ def _difference(value: float, found: np.ndarray) -> Difference:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Return p-values corrected by Holm's step-down method for testing several hypotheses at once. Source: Holm 1979."""
+    """Return p-values corrected for testing several hypotheses at once, by the step-down method of Holm (1979)."""
     order = np.argsort(p_values, kind="stable")
     corrected = np.empty(len(p_values))
     remaining = len(p_values) - np.arange(len(p_values))
@@ -203,7 +203,7 @@ def equal_quality_bootstrap(
         float(edit.costs.mean()),
         factors,
         [float(g.costs.mean()) for g in grid],
-        [np.mean(g.extracted, axis=0, dtype=np.float64) for g in grid],
+        [np.asarray(g.extracted, dtype=np.float64).mean(0) for g in grid],
     )
     rng = np.random.default_rng(seed)
     noise = float(np.std(grid[0].costs, ddof=1)) if len(grid[0].costs) > 1 else 0.0

@@ -26,7 +26,7 @@ MATCHED_WITH = "unitmem"
 # name of a rival: equally many random units, at the factor where they cost as much quality
 EQUAL_QUALITY = "random at equal quality"
 
-# (selection, fraction, factor)
+# a selection with its fraction and its factor
 Point = tuple[str, float, float]
 
 
@@ -54,7 +54,7 @@ class Side:
 
     @property
     def outcomes(self) -> Outcomes:
-        """The results as the bootstrap takes them."""
+        """Targets and costs by seed, in the form that the bootstrap functions take."""
         return Outcomes(self.by_seed, self.costs)
 
 
@@ -110,7 +110,7 @@ def sides_of(measured: Sequence[Measured], targets: TargetSet, cost: str) -> dic
     return {
         (by, fraction, factor): Side(
             np.stack([targets.extracted(m)[-1, targets.reported] for m in rows]),
-            np.array([m.metrics[cost] - before for m in rows]),
+            np.array([m.values[cost] - before for m in rows]),
             factor,
         )
         for (by, fraction, factor), rows in groups.items()

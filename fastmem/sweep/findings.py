@@ -1,4 +1,4 @@
-"""The findings of a sweep: its rows, the best trade-offs and the comparisons, as a JSON document and a parquet table."""
+"""The findings of a sweep: its rows, best trade-offs and comparisons, as a JSON document and as a parquet table."""
 
 from __future__ import annotations
 

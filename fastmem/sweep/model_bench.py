@@ -38,7 +38,7 @@ class UnitChooser:
         seed: Callable[[int], int] = int,
         batch_size: int = BATCH_IMAGES,
     ) -> None:
-        """Keep what units are chosen by.
+        """Set up the choice of units.
 
         Args:
             model: the model.
@@ -85,7 +85,7 @@ class UnitChooser:
 
 
 def graded_factors(selection: Selection, factor: float) -> Tensor:
-    """Return a factor for each selected unit, float64 [n]: ``factor`` at the highest score, rising to 1 at the lowest."""
+    """Return a factor for each selected unit, float64 [n], from ``factor`` at the highest score to 1 at the lowest."""
     score = selection.score.double()
     low, high = score.min(), score.max()
     share = (score - low) / (high - low) if high > low else torch.ones_like(score)
@@ -136,8 +136,10 @@ class ModelBench:
         order = (1 - factor).abs().argsort(descending=True, stable=True)
         layer, unit, factor = layer[order], unit[order], factor[order]
         chosen = Selection(layer, unit, 1 - factor, row.by, row.fraction, row.scope, row.merge, row.seed)
-        seen = (self.chooser.memorised, self.chooser.unseen) if row.by == ATTRIBUTION else ()
-        return EditPlan.of(self.model, chosen, factor, *(torch.from_numpy(images.ids) for images in seen))
+        if row.by != ATTRIBUTION:
+            return EditPlan.of(self.model, chosen, factor)
+        memorised, unseen = (torch.from_numpy(images.ids) for images in (self.chooser.memorised, self.chooser.unseen))
+        return EditPlan.of(self.model, chosen, factor, memorised, unseen)
 
     def _enter(self, row: Row, edits: ExitStack) -> Tensor:
         """Make the row's edit, which ``edits`` undoes, and return the factor of every unit, float64 [layers, units]."""

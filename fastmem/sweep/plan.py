@@ -36,7 +36,7 @@ class Row:
 
     Attributes:
         by: selection that chooses the units, or "none" for the unedited model.
-        fraction: share of all units to scale, in (0,1].
+        fraction: share of all units to scale, in [0,1].
         factor: number that the units' rows of fc1 weights are multiplied by.
         seed: seed of the samples, and of random and matched units.
         scope: "global", or "per-layer" for equally many units in every layer.

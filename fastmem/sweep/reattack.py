@@ -241,7 +241,7 @@ class Attacker:
 
 
 def other_prefixes(model: Model, prefix: int) -> list[int]:
-    """Return the allowed prefix lengths nearest to 1/16, 1/4 and 1/2 of an image's tokens, without ``prefix`` itself."""
+    """Return the allowed prefix lengths nearest to 1/16, 1/4 and 1/2 of an image's tokens, other than ``prefix``."""
     nearest = [min(model.prefix_lengths, key=lambda n: abs(n - share * model.num_tokens)) for share in PREFIX_SHARES]
     return [n for n in dict.fromkeys(nearest) if n not in (prefix, model.num_tokens)]
 

@@ -121,7 +121,7 @@ class Reached:
             "reduction": self.reduction,
             "seen_reduction": self.seen_reduction,
             "cost": self.cost,
-            "metrics": {name: mean_of(self.measured, name) for name in self.measured[0].metrics},
+            "metrics": {name: mean_of(self.measured, name) for name in self.measured[0].values},
             "confirmation": None if self.confirmation is None else asdict(self.confirmation),
         }
 
@@ -174,7 +174,7 @@ def search(
         rows: the recipes.
         reporter: is told when a recipe is done, and then of ``CONFIRMED`` more steps.
 
-    Raises: UsageError where ``reduction`` is out of range, or the unedited model gives away no target of a half.
+    Raises: UsageError where ``reduction`` is out of range, or no target of a half is extracted from the unedited model.
     """
     check_reduction(reduction)
     unedited = unedited_rows(table)
@@ -214,7 +214,7 @@ def _confirmed(table: Table, reached: Sequence[Reached], cost: str, reporter: Re
     finalists = [*controls, *[r for r in reached if r not in controls][:FINALISTS]]
     costs: dict[Row, np.ndarray] = {}
     for row in (NO_EDIT, *(r.row for r in finalists)):
-        costs[row] = np.array([m.metrics[cost] for m in _sampled(table, row, seeds)])
+        costs[row] = np.array([m.values[cost] for m in _sampled(table, row, seeds)])
         reporter.advance(1)
     reporter.advance(CONFIRMED - len(costs))
     made = {r: _confirmation(costs, r, plain) for r in finalists}
@@ -240,7 +240,9 @@ def plain_halving(reached: Sequence[Reached]) -> Reached | None:
 def beats(edit: Reached) -> bool:
     """Return whether an edit costs significantly less than halving by UnitMem, on new samples."""
     found = edit.confirmation
-    return bool(found and found.beside_plain and found.beside_plain.value < 0 and found.holm <= 1 - LEVEL)
+    if found is None or found.beside_plain is None or found.holm is None:
+        return False
+    return found.beside_plain.value < 0 and found.holm <= 1 - LEVEL
 
 
 def _counts(targets: TargetSet, measured: Measured) -> tuple[int, int]:

@@ -62,6 +62,11 @@ class Measured:
     seconds: float
     missing: str = ""
 
+    @property
+    def values(self) -> dict[str, float]:
+        """Metrics by name; empty where quality was not measured."""
+        return self.metrics or {}
+
     def save(self, path: Path) -> None:
         """Write the row to a safetensors file. Raises: UsageError where the folder cannot be written."""
         header = {name: value for name, value in vars(self).items() if name != "similarity"}
@@ -95,7 +100,7 @@ class TargetSet:
     groups: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def extracted(self, measured: Measured) -> np.ndarray:
-        """Return which targets are extracted in a row, from each prefix length, bool [P,N]."""
+        """Return which targets are extracted under the edit of a row, from each prefix length, bool [P,N]."""
         return measured.similarity > self.threshold
 
 
@@ -202,7 +207,7 @@ def measure_rows(table: Table, rows: Sequence[Row], reporter: Reporter = SILENT,
 
 def mean_of(measured: Sequence[Measured], metric: str) -> float:
     """Return the mean of a metric over rows, all of which must have it."""
-    return sum(m.metrics[metric] for m in measured) / len(measured)
+    return sum(m.values[metric] for m in measured) / len(measured)
 
 
 def unedited_cost(measured: Sequence[Measured], metric: str) -> float:

@@ -143,6 +143,9 @@ BAD_CALLS = {
     "no segment": lambda m: responses(m, TOKENS, LABELS, segments=[]),
     "a prefix longer than an image": lambda m: m.generate(LABELS, torch.zeros(2, 17, dtype=torch.int64)),
     "greedy with a preset": lambda m: m.generate(LABELS, TOKENS[:, :3], preset=Preset()),
+    "guidance without its power": lambda m: m.generate(
+        LABELS, TOKENS[:, :3], greedy=False, preset=Preset(guidance=2.0)
+    ),
     "an unknown backend": lambda m: responses(m, TOKENS, LABELS, backend="magic"),
 }
 
