@@ -14,9 +14,9 @@ from fastmem.data.manifest import Manifest
 from fastmem.demo.doses import groups
 from fastmem.demo.memorisation import DOSE_FILE
 from fastmem.ranking.ownership import GroupShare, group_shares, owned_units, owners, pooled_owned
-from fastmem.ranking.selection import select
+from fastmem.ranking.selection import required, select
 from fastmem.report.markdown import markdown_table
-from fastmem.scoring.membership import Membership, membership
+from fastmem.scoring.membership import Membership, loss_scores, membership
 from fastmem.scoring.score import ScoreResult
 
 # share of units that count as top units
@@ -48,7 +48,9 @@ def ownership(result: ScoreResult, manifests: Mapping[str, Manifest]) -> dict[st
     held-out set. The ranking "pooled" is by UnitMem over these images and the held-out images together. ``result`` is a
     scoring run, and ``manifests`` are its images by set, "train" and "heldout".
     """
-    stats, heldout = result.train, result.heldout
+    stats, heldout = result.train, required(result.heldout)
+    # a scoring pass writes what it scored, and its seed, into the statistics
+    assert stats.origin is not None
     train_ids, heldout_ids = manifests["train"].ids, manifests["heldout"].ids
     group = dose_groups(manifests["train"])
     mask, _ = manifests["train"].match(manifests["heldout"], stats.origin["seed"])
@@ -75,13 +77,13 @@ def place(group: str) -> tuple[bool, bool, int]:
 def membership_by_dose(result: ScoreResult, manifest: Manifest) -> dict[str, dict[str, Membership]]:
     """Return how well losses separate each group of training images from all held-out images, by group and score.
 
-    The score "loss" is the loss itself. The score "guided", where the loss without a class is known, is that loss minus
-    the loss with the class. ``result`` is a scoring run, and ``manifest`` lists its training images.
+    ``result`` is a scoring run that kept losses, and ``manifest`` lists its training images.
     """
     train, heldout = result.train_losses, result.heldout_losses
-    scores = {"loss": (-train.loss, -heldout.loss)}
-    if train.guided is not None:
-        scores["guided"] = (train.guided, heldout.guided)
+    # the demo scores both sets and asks for losses
+    assert train is not None
+    assert heldout is not None
+    scores = loss_scores(train, heldout)
     group = dose_groups(manifest)
     names = sorted(set(group.tolist()), key=place)
     return {

@@ -47,7 +47,7 @@ def groups(doses: Mapping[str, int]) -> dict[str, list[str]]:
     ``doses`` are the doses by name; "twins" are the images with a near-duplicate, whose dose is 1.
     """
     known_twins = twins()
-    out: dict[str, list[str]] = {str(dose): [] for dose in (1, *DOSES)} | {"twins": []}
+    out: dict[str, list[str]] = {group: [] for group in (*map(str, (1, *DOSES)), "twins")}
     for name, dose in doses.items():
         out["twins" if name in known_twins else str(dose)].append(name)
     return out

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from fastmem.models.maskgit_vqgan import MaskGITVQGAN
@@ -47,14 +48,14 @@ class Recipe:
     """How one tiny model is trained.
 
     Attributes:
-        quantise: quantises the latents of the model's tokenizer.
+        quantise: quantises latents, given the model's tokenizer, of the class of its family, and the latents.
         tokenizer: size of the stage that trains the tokenizer.
         decoder: size of the stage that trains the tokenizer's decoder alone.
         generator: size of the stage that trains the generator.
         edges: whether the tokenizer's loss also compares edges in its first stage; the decoder's stage always does.
     """
 
-    quantise: Callable[[nn.Module, Tensor], Quantised]
+    quantise: Callable[[Any, Tensor], Quantised]
     tokenizer: Stage
     decoder: Stage
     generator: Stage

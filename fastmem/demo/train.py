@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import math
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +37,7 @@ from fastmem.models.checkpoints import assemble, build_networks, load_model, rea
 from fastmem.models.layers import NO_CLASS
 from fastmem.models.model import Model
 from fastmem.models.registry import ModelEntry, find_entry
+from fastmem.models.tokenizer import CodebookTokenizer
 
 # steps after which unused codes are set to new values
 RESEED_EVERY = 100
@@ -87,7 +88,7 @@ class Training:
     def train_tokenizer(self) -> None:
         """Train the tokenizer by reconstruction and quantisation losses, and reset unused codes to random latents."""
         model = self._build()
-        network = model.tokenizer.train().requires_grad_(True)
+        network = _codebook_tokenizer(model).train().requires_grad_(True)
         images = self._views(model.view_recipe(10))[0].flatten(0, 1)
         weight = network.quantize.embedding.weight
         used = torch.zeros(len(weight), dtype=torch.int64, device=self.device)
@@ -120,7 +121,7 @@ class Training:
     def train_decoder(self) -> None:
         """Train only the tokenizer's decoder, on fixed tokens, with a loss on edges that makes pictures sharper."""
         model = self._build(with_tokenizer=True)
-        network = model.tokenizer
+        network = _codebook_tokenizer(model)
         for name, part in network.named_children():
             part.requires_grad_(name not in TOKEN_PARTS)
         images = self._views(model.view_recipe(10), model.view_recipe("center"))[0].flatten(0, 1)
@@ -199,7 +200,7 @@ class Training:
     def _limits(self, stage: Stage) -> Limits:
         return Limits(self.steps or stage.steps, self.minutes)
 
-    def _autocast(self) -> AbstractContextManager:
+    def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
 
     def _half_products(self) -> ExitStack:
@@ -211,6 +212,13 @@ class Training:
             # plain attention takes almost no time
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         return stack
+
+
+def _codebook_tokenizer(model: Model) -> CodebookTokenizer:
+    """Return the tokenizer of an embedded model, whose latents and codes are trained."""
+    tokenizer = model.tokenizer
+    assert isinstance(tokenizer, CodebookTokenizer)
+    return tokenizer
 
 
 def image_loss(rebuilt: Tensor, images: Tensor, edges: bool) -> Tensor:

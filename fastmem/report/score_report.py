@@ -19,7 +19,7 @@ from fastmem.ranking.selection import FRACTION, RANKINGS, find_matched, select
 from fastmem.report.image_table import write_image_table
 from fastmem.report.unit_table import TopUnit, names_by_id, top_units, write_unit_table
 from fastmem.runs.folder import RESULT_SCHEMA, RunFolder
-from fastmem.scoring.membership import Membership, membership
+from fastmem.scoring.membership import Membership, loss_scores, membership
 from fastmem.scoring.score import ScoreResult
 from fastmem.scoring.settings import ScoreSettings
 from fastmem.stats import UnitStats
@@ -79,19 +79,15 @@ def _can_rank(by: str, stats: UnitStats, found_gap: Gap | None) -> bool:
 
 
 def find_membership(result: ScoreResult) -> dict[str, Membership]:
-    """Return how well losses separate training images from held-out images; empty where losses were not saved.
+    """Return how well each score of ``loss_scores`` separates training images from held-out images.
 
-    The key "loss" stands for the loss itself. The key "guided", where the loss without a class is known, stands for
-    that loss minus the loss with the class.
+    The result is empty where losses were not saved.
     """
     train, heldout = result.train_losses, result.heldout_losses
     counts = (result.train.count, 0 if result.heldout is None else result.heldout.count)
     if train is None or heldout is None or not all(counts):
         return {}
-    found = {"loss": membership(-train.loss, -heldout.loss)}
-    if train.guided is not None and heldout.guided is not None:
-        found["guided"] = membership(train.guided, heldout.guided)
-    return found
+    return {by: membership(*pair) for by, pair in loss_scores(train, heldout).items()}
 
 
 def write_report(

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from fastmem.errors import UsageError
+from fastmem.scoring.image_losses import ImageLosses
 
 # bootstrap samples from which the intervals are computed
 RESAMPLES = 1000
@@ -48,6 +49,18 @@ class Membership:
             f"AUC {self.auc:.3f} ({self.auc_low:.3f} to {self.auc_high:.3f}), {self.tpr:.1%} found at 1 % false alarms "
             f"({self.tpr_low:.1%} to {self.tpr_high:.1%}), {self.members:,} members against {self.nonmembers:,}"
         )
+
+
+def loss_scores(train: ImageLosses, heldout: ImageLosses) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Return the scores that losses give to training images and to held-out images, float32 [N] and [M], by name.
+
+    The score "loss" is minus the loss, so that it is higher for an image that the model knows. The score "guided",
+    where the loss without a class is known for both sets, is that loss minus the loss with the class.
+    """
+    scores = {"loss": (-train.loss, -heldout.loss)}
+    if train.guided is not None and heldout.guided is not None:
+        scores["guided"] = (train.guided, heldout.guided)
+    return scores
 
 
 def membership(members: np.ndarray, nonmembers: np.ndarray, seed: int = 0, resamples: int = RESAMPLES) -> Membership:
