@@ -197,12 +197,18 @@ def stop_after(child: subprocess.Popen, advances: int, number: signal.Signals) -
     return child.communicate(timeout=60)[1]
 
 
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    child = start_child(folder, 0)
+    assert child.wait(timeout=60) == 0
+    return folder
+
+
 @pytest.mark.parametrize("cache", ["off", "tokens"])
-def test_a_killed_run_resumes_to_the_same_bytes(tmp_path, cache):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
+def test_a_killed_run_resumes_to_the_same_bytes(tmp_path, undisturbed, cache):
+    parts = tmp_path / "parts"
     where = "off" if cache == "off" else tmp_path / cache
-    undisturbed = start_child(whole, 0)
-    assert undisturbed.wait(timeout=60) == 0
     for mode, advances in (("new", 7), ("resume", 12), ("resume", 30)):
         child = start_child(parts, 0.02, mode, where)
         stop_after(child, advances, signal.SIGKILL)
@@ -212,7 +218,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(tmp_path, cache):
     assert child.wait(timeout=60) == 0, child.stderr.read()
     # how long it took, and where tokens are kept
     other = {"result.json", "inputs.json"}
-    found, expected = ({k: v for k, v in folder_bytes(f).items() if k not in other} for f in (parts, whole))
+    found, expected = ({k: v for k, v in folder_bytes(f).items() if k not in other} for f in (parts, undisturbed))
     assert found == expected
 
 
