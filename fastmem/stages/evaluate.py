@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fastmem.data.sources import EMBEDDED
-from fastmem.files import read_json, write_json
+from fastmem.files import write_json
 from fastmem.mitigation.edit_file import EditPlan
 from fastmem.models.registry import entries
 from fastmem.quality.evaluate import Evaluation
@@ -23,7 +23,7 @@ from fastmem.reporter import SILENT, Reporter
 from fastmem.stages.opened_run import EditInForce, OpenedRun, edited
 from fastmem.stages.options import USUAL_SSCD, SamplingOptions, SSCDOptions
 from fastmem.stages.quality_inputs import FeatureOptions, find_references
-from fastmem.stages.result import StageResult, settings_digest, settings_document
+from fastmem.stages.result import StageResult, read_document, settings_digest, settings_document
 from fastmem.tokens.true_images import MOST_IMAGES, TrueImages
 
 SCHEMA = "fastmem.evaluation/1"
@@ -144,7 +144,7 @@ def evaluate(
         file = run.folder.evaluation_file(f"{in_force.label}-{settings_digest(asked)}")
         if file.exists():
             reporter.note(f"{file} has this evaluation already")
-            return EvaluationResult(file, {k: v for k, v in read_json(file, SCHEMA).items() if k != "schema"})
+            return EvaluationResult(file, read_document(file, SCHEMA))
         losses = {
             split: read_loss_images(
                 run.model,
@@ -185,11 +185,11 @@ def image_doses(run: OpenedRun) -> dict[str, np.ndarray]:
     source = run.sources["train"]
     if (source.place, source.split) != (EMBEDDED, "train"):
         return {}
-    from fastmem.demo.controls import dose_groups
+    from fastmem.demo.controls import dose_groups, place
 
     manifest = run.manifests["train"]
     group = dose_groups(manifest)
-    names = sorted(set(group.tolist()), key=lambda name: (not name.isdecimal(), name.zfill(9)))
+    names = sorted(set(group.tolist()), key=place)
     return {name if name == "twins" else f"dose-{name}": manifest.ids[group == name] for name in names}
 
 

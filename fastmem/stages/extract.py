@@ -19,7 +19,7 @@ from fastmem.extraction.candidates import TOP_PER_CLASS, collect_losses
 from fastmem.extraction.extract import Extraction, check_prefixes
 from fastmem.extraction.extract import extract as attack_and_judge
 from fastmem.extraction.verdicts import Judge, SSCDJudge
-from fastmem.files import read_json, write_json
+from fastmem.files import write_json
 from fastmem.index.build import default_index_folder
 from fastmem.index.search import EmbeddingIndex
 from fastmem.mitigation.edit_file import EditPlan
@@ -28,7 +28,7 @@ from fastmem.reporter import SILENT, Reporter, Work
 from fastmem.stages.index import IndexResult
 from fastmem.stages.opened_run import EditInForce, OpenedRun, edited
 from fastmem.stages.options import USUAL_SSCD, AttackOptions, SSCDOptions
-from fastmem.stages.result import StageResult, settings_digest, settings_document
+from fastmem.stages.result import StageResult, read_document, settings_digest, settings_document
 
 if TYPE_CHECKING:
     import pyarrow
@@ -139,7 +139,7 @@ def extract(
         file = folder / "result.json"
         if file.exists():
             reporter.note(f"{folder} has this extraction already")
-            return ExtractionResult(folder, {k: v for k, v in read_json(file, SCHEMA).items() if k != "schema"})
+            return ExtractionResult(folder, read_document(file, SCHEMA))
         if folder.exists() and not resume:
             raise UsageError(
                 f"expected no unfinished extraction in {folder}, got one: go on with --resume, or remove the folder"

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from fastmem.files import read_json
+
 
 @dataclass(frozen=True, eq=False)
 class StageResult:
@@ -25,6 +27,14 @@ class StageResult:
     def to_json(self) -> dict[str, Any]:
         """What the command prints with ``--json``."""
         return dict(self.document)
+
+
+def read_document(file: Path, schema: str) -> dict[str, Any]:
+    """Return a stage's finished document from its file, without the schema, as ``--json`` prints it.
+
+    Raises: InputFileError for a file that is missing, damaged or of another schema.
+    """
+    return {key: value for key, value in read_json(file, schema).items() if key != "schema"}
 
 
 def settings_document(settings: Any) -> dict[str, Any]:
