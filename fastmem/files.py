@@ -3,38 +3,77 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import stat
+import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from fastmem.errors import InputFileError, UsageError
+
+# ending of temporary files, and how much of the file's own name theirs begins with
+PARTIAL, NAME_KEPT = ".partial", 20
+# a JSON document is no larger than this
+JSON_BYTES = 256 * 2**20
+
+
+def _go_on(place: str) -> None:
+    """Nothing happens between two steps of a write."""
+
+
+# called before, within and after every change of a file, so that a test can end the process there
+at_boundary: Callable[[str], None] = _go_on
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file completely or not at all.
 
     ``write`` is called with a temporary path in the same folder, and the file it makes there is renamed to ``path``.
+    The temporary file is new and its name cannot be guessed, and a link at ``path`` is replaced and not followed.
 
     Raises: UsageError where the folder cannot be written.
     """
-    partial = path.with_name(f".{path.name}.partial")
+    partial = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        at_boundary(f"before {path.name}")
+        handle, name = tempfile.mkstemp(PARTIAL, f".{path.name[:NAME_KEPT]}.", path.parent)
+        os.close(handle)
+        partial = Path(name)
         write(partial)
-        # some libraries make files that only their owner can read, so the usual permissions are set
-        umask = os.umask(0)
-        os.umask(umask)
-        partial.chmod(0o666 & ~umask)
+        _set_usual_permissions(partial)
+        at_boundary(f"written {path.name}")
         os.replace(partial, path)
+        at_boundary(f"after {path.name}")
     except OSError as error:
         raise UsageError(
             f"expected to be able to write {path}, got {error.strerror or error}: choose another --out or make room"
         ) from error
     finally:
         # after an error the temporary file may not exist, or something else may be in its place
-        if partial.is_file():
+        if partial is not None and partial.is_file():
             partial.unlink()
+
+
+def _set_usual_permissions(path: Path) -> None:
+    # a temporary file can be read by its owner alone
+    umask = os.umask(0)
+    os.umask(umask)
+    # bucket and network file systems refuse this, and write files that others can read anyway
+    with suppress(OSError):
+        path.chmod(0o666 & ~umask)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files that killed processes left in a folder and below it; only its owner may call this."""
+    for path in folder.rglob(f".*{PARTIAL}"):
+        if not path.is_dir():
+            path.unlink(missing_ok=True)
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
@@ -42,25 +81,102 @@ def write_json(path: Path, document: Mapping[str, Any]) -> None:
 
     Raises: UsageError where the folder cannot be written.
     """
-    text = json.dumps(document, indent=2) + "\n"
+    text = json.dumps(finite(document), indent=2, allow_nan=False) + "\n"
     write_atomically(path, lambda partial: partial.write_text(text))
 
 
-def read_json(path: Path, schema: str) -> dict[str, Any]:
-    """Read a JSON document and check that its entry "schema" is ``schema``.
+def finite(value: Any) -> Any:
+    """Return a document without numbers that JSON does not have: what is not finite becomes null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite(entry) for key, entry in value.items()}
+    return [finite(entry) for entry in value] if isinstance(value, (list, tuple)) else value
 
-    Raises: InputFileError where the file is missing, is not JSON or has another schema.
+
+def read_bounded(path: Path, limit: int = JSON_BYTES) -> bytes:
+    """Return the content of a regular file of at most ``limit`` bytes; a device or a pipe is never read.
+
+    Raises: InputFileError where the file is missing, is not a regular file, is larger or cannot be read.
     """
     try:
-        document = json.loads(path.read_text())
+        # a pipe would be waited for
+        with open(os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise InputFileError(f"expected a regular file at {path}, got a folder, device or pipe: check the path")
+            content = file.read(limit + 1)
     except FileNotFoundError as error:
         raise InputFileError(f"expected a file {path}, got none: check the path") from error
     except (OSError, ValueError) as error:
-        raise InputFileError(f"expected a JSON document in {path}, got a damaged file ({error})") from error
-    if not isinstance(document, dict) or document.get("schema") != schema:
-        found = document.get("schema") if isinstance(document, dict) else None
-        raise InputFileError(f"expected a {schema} document in {path}, got {found or 'something else'}")
+        raise InputFileError(f"expected a file that can be read at {path}, got {error}: check the path") from error
+    if len(content) > limit:
+        raise InputFileError(f"expected at most {limit:,} bytes in {path}, got more: is it the right file?")
+    return content
+
+
+def read_json(
+    path: Path, schema: str, shape: Any = dict[str, Any], owner: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Read a JSON document, and check its entry "schema" and the types of its entries.
+
+    Args:
+        path: the file.
+        schema: what the entry "schema" must be.
+        shape: a TypedDict or another type of which the document must be; more entries may stand beside its own.
+        owner: entries that say which run the document belongs to; an entry of them that differs is refused.
+
+    Raises: InputFileError where the file is missing, is not JSON, has another schema or type, or is another run's.
+    """
+    content = read_bounded(path)
+    document: dict[str, Any] = _parse(content, path, dict[str, Any], schema)
+    if document.get("schema") != schema:
+        raise InputFileError(
+            f"expected a {schema} document in {path}, got {document.get('schema') or 'something else'}"
+        )
+    _check_shape(document, path, shape, schema)
+    check_owner(document, path, owner)
     return document
+
+
+def _parse(content: bytes | str, path: Path, shape: Any, schema: str) -> Any:
+    try:
+        return msgspec.json.decode(content, type=shape)
+    except msgspec.ValidationError as error:
+        raise InputFileError(f"expected a {schema} document in {path}, got something else ({error})") from error
+    # a document that is nested too deep ends in a RecursionError
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise InputFileError(f"expected a JSON document in {path}, got a damaged file ({error})") from error
+
+
+def _check_shape(document: Mapping[str, Any], path: Path, shape: Any, schema: str) -> None:
+    try:
+        msgspec.convert(document, shape)
+    except (msgspec.ValidationError, RecursionError) as error:
+        raise InputFileError(
+            f"expected a whole {schema} document in {path}, got a damaged one ({error}): make it again"
+        ) from error
+
+
+def check_owner(found: Mapping[str, Any], path: Path, owner: Mapping[str, Any] | None) -> None:
+    """Check that a file's entries say that it belongs where it was found.
+
+    Args:
+        found: entries of the file.
+        path: the file, named in the message.
+        owner: the entries that it must have; None checks nothing.
+
+    Raises: InputFileError where one differs; it names both sides.
+    """
+    for key, value in (owner or {}).items():
+        if found.get(key) != value:
+            raise InputFileError(
+                f"expected {key} {_short(value)} in {path}, got {_short(found.get(key))}: was the file copied from "
+                "another run?"
+            )
+
+
+def _short(value: Any) -> str:
+    return "none" if value is None else str(value)[:24]
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Any], schema: str, header: Mapping[str, Any]) -> None:
@@ -98,10 +214,18 @@ def write_table(path: Path, columns: Mapping[str, Any] | Any, metadata: Mapping[
     write_atomically(path, lambda partial: parquet.write_table(table, partial))
 
 
-def read_tensors(path: Path, schema: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def read_tensors(
+    path: Path, schema: str, shape: Any = dict[str, Any], owner: Mapping[str, Any] | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the tensors and the header of a file that `write_tensors` wrote with the same ``schema``.
 
-    Raises: InputFileError where the file is missing, is damaged or has another schema.
+    Args:
+        path: the file.
+        schema: name and version of the file's format.
+        shape: the type of the header, as for `read_json`.
+        owner: entries of the header that say which run the file belongs to, as for `read_json`.
+
+    Raises: InputFileError where the file is missing, is damaged, has another schema or belongs to another run.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -109,10 +233,44 @@ def read_tensors(path: Path, schema: str) -> tuple[dict[str, Any], dict[str, Any
         raise InputFileError(f"expected a file {path}, got none: check the path")
     try:
         with safe_open(path, "pt") as file:
-            header = json.loads((file.metadata() or {}).get("fastmem", "{}"))
+            text = (file.metadata() or {}).get("fastmem", "{}")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, AttributeError, KeyError, SafetensorError) as error:
         raise InputFileError(f"expected a whole safetensors file in {path}, got a damaged one ({error})") from error
+    header = _parse(text, path, dict[str, Any], schema)
     if header.get("schema") != schema:
         raise InputFileError(f"expected a {schema} file in {path}, got {header.get('schema', 'something else')}")
+    _check_shape(header, path, shape, schema)
+    check_owner(header, path, owner)
     return tensors, header
+
+
+def check_tensors(
+    path: Path, tensors: Mapping[str, Any], expected: Mapping[str, tuple[str, tuple[int | str, ...]]]
+) -> dict[str, int]:
+    """Check names, dtypes and shapes of a file's tensors.
+
+    Args:
+        path: the file, named in the message.
+        tensors: the tensors, by name; others than the expected ones may stand beside them.
+        expected: by name, a dtype such as "float32" and a shape. A size is a number, or a letter that must stand for
+            the same number everywhere.
+
+    Returns: the numbers that the letters stand for.
+
+    Raises: InputFileError where a tensor is missing or is another one.
+    """
+    sizes: dict[str, int] = {}
+    for name, (dtype, shape) in expected.items():
+        found = tensors.get(name)
+        fits = found is not None and str(found.dtype) == f"torch.{dtype}" and found.ndim == len(shape)
+        if fits and found is not None:
+            fits = all(
+                size == (want if isinstance(want, int) else sizes.setdefault(want, size))
+                for size, want in zip(found.shape, shape, strict=True)
+            )
+        if not fits:
+            got = "none" if found is None else f"{str(found.dtype).removeprefix('torch.')} {list(found.shape)}"
+            wanted = f"{dtype} [{','.join(str(sizes.get(str(size), size)) for size in shape)}]"
+            raise InputFileError(f"expected a tensor {name} of {wanted} in {path}, got {got}: make the file again")
+    return sizes

@@ -1,0 +1,205 @@
+"""One process at a time works in a folder: taking it is one atomic step, and the file of its owner says who has it.
+
+The file ``.owner-N`` holds the owner's host, process, start time and work. A dead owner's folder is taken
+by making the file with the next number, which only one process can. The highest number is the owner's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+
+import msgspec
+
+from fastmem.errors import FastmemError, UsageError
+from fastmem.files import read_bounded, remove_leftovers
+
+OWNER = re.compile(r"\.owner-(\d{1,9})")
+OWNER_BYTES = 4096
+# an owner on another machine shows that it lives by touching its file this often, and is dead after that long
+BEAT_SECONDS, DEAD_SECONDS = 15.0, 180.0
+
+
+@dataclass(frozen=True)
+class Owner:
+    """The process that works in a folder.
+
+    Attributes:
+        host: name of its machine.
+        process: number of the process.
+        started: when the process started, in clock ticks since the machine did; 0 where that is not known.
+        since: when it took the folder, local date and time.
+        work: what it does there.
+    """
+
+    host: str
+    process: int
+    started: int
+    since: str
+    work: str
+
+    @classmethod
+    def this_process(cls, work: str) -> Owner:
+        """Return the owner that this process is."""
+        now = f"{datetime.now():%Y-%m-%d %H:%M:%S}"
+        return cls(socket.gethostname(), os.getpid(), _start_of(os.getpid()), now, work)
+
+    def is_alive(self, file: Path) -> bool:
+        """Return whether the owner still runs; of one on another machine its ``file`` tells."""
+        if self.host == socket.gethostname():
+            return _is_running(self.process) and self.started in (0, _start_of(self.process))
+        with suppress(OSError):
+            return time.time() - file.stat().st_mtime < DEAD_SECONDS
+        return False
+
+    def __str__(self) -> str:
+        return f"process {self.process} on {self.host} since {self.since} ({self.work})"
+
+
+def _start_of(process: int) -> int:
+    # the name of the program stands in brackets, and may hold spaces and brackets itself
+    with suppress(OSError, ValueError, IndexError):
+        return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19])
+    return 0
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        # it runs as somebody else
+        return True
+    return True
+
+
+def _owners(folder: Path) -> list[tuple[int, Path]]:
+    """Return number and path of every owner's file in a folder, the highest number first."""
+    found = [(int(match[1]), path) for path in folder.glob(".owner-*") if (match := OWNER.fullmatch(path.name))]
+    return sorted(found, reverse=True)
+
+
+def _read(file: Path) -> Owner | None:
+    """Return the owner that a file names; None for a file that is gone, damaged or not yet written."""
+    try:
+        return msgspec.json.decode(read_bounded(file, OWNER_BYTES), type=Owner)
+    except (FastmemError, msgspec.DecodeError, RecursionError):
+        return None
+
+
+def living_owner(folder: Path) -> Owner | None:
+    """Return the process that works in a folder now; None where nobody does."""
+    for _, file in _owners(folder):
+        owner = _read(file)
+        if owner is not None and owner.is_alive(file):
+            return owner
+    return None
+
+
+class _Taken(UsageError):
+    """A folder that another process works in."""
+
+
+@contextmanager
+def owned(folder: Path, work: str) -> Iterator[None]:
+    """Take a folder for this process while entered, and give it back on leaving.
+
+    What a killed process left half written there is removed. A folder that this process has taken already stays its.
+
+    Args:
+        folder: the folder; made where it is missing.
+        work: what is done there, in a word or two, for the message that others get.
+
+    Raises: UsageError where another process works there, which it names, or the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        key = str(folder.resolve())
+        if key in _HELD:
+            yield
+            return
+        file = _take(folder, Owner.this_process(work))
+    except OSError as error:
+        raise UsageError(
+            f"expected a folder that can be written, got {folder} ({error.strerror or error}): choose another --out or "
+            "change its rights"
+        ) from error
+    _HELD.add(key)
+    stopped = threading.Event()
+    beat = threading.Thread(target=_beat, args=(file, stopped), daemon=True)
+    beat.start()
+    try:
+        remove_leftovers(folder)
+        yield
+    finally:
+        stopped.set()
+        _HELD.discard(key)
+        with suppress(OSError):
+            file.unlink()
+
+
+# folders that this process has taken
+_HELD: set[str] = set()
+
+
+def _take(folder: Path, me: Owner) -> Path:
+    while True:
+        before = _owners(folder)
+        _refuse_living(folder, before)
+        number = before[0][0] + 1 if before else 1
+        file = folder / f".owner-{number}"
+        # the content is there from the first moment: a link appears whole, or not at all
+        own = folder / f".owner-{me.process}-{os.urandom(8).hex()}"
+        own.write_text(json.dumps(asdict(me)))
+        try:
+            _appear(own, file)
+        except FileExistsError:
+            continue
+        finally:
+            own.unlink(missing_ok=True)
+        try:
+            # who looked before this file appeared may have taken a higher number, and then has the folder
+            _refuse_living(folder, [(n, path) for n, path in _owners(folder) if n != number])
+        except _Taken:
+            file.unlink(missing_ok=True)
+            raise
+        for _, old in before:
+            old.unlink(missing_ok=True)
+        return file
+
+
+def _appear(own: Path, file: Path) -> None:
+    try:
+        os.link(own, file)
+    except FileExistsError:
+        raise
+    except OSError:
+        # a file system without links: made new, then filled
+        with open(file, "x") as made:
+            made.write(own.read_text())
+
+
+def _refuse_living(folder: Path, owners: list[tuple[int, Path]]) -> None:
+    for _, file in owners:
+        owner = _read(file)
+        if owner is not None and owner.is_alive(file):
+            raise _Taken(
+                f"expected a folder that nobody works in, got {folder}, which {owner} has: wait for it, or choose "
+                "another --out"
+            )
+
+
+def _beat(file: Path, stopped: threading.Event) -> None:
+    while not stopped.wait(BEAT_SECONDS):
+        with suppress(OSError):
+            os.utime(file)
