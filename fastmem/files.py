@@ -18,6 +18,8 @@ from fastmem.errors import InputFileError, UsageError
 
 # ending of temporary files, and how much of the file's own name theirs begins with
 PARTIAL, NAME_KEPT = ".partial", 20
+# the file that says which process works in a folder begins with this
+OWNER_PREFIX = ".owner-"
 # a JSON document is no larger than this
 JSON_BYTES = 256 * 2**20
 
@@ -70,10 +72,15 @@ def _set_usual_permissions(path: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files that killed processes left in a folder and below it; only its owner may call this."""
-    for path in folder.rglob(f".*{PARTIAL}"):
-        if not path.is_dir():
-            path.unlink(missing_ok=True)
+    """Remove the temporary files that killed processes left in a folder and below it; only its owner may call this.
+
+    Folders below it that have an owner of their own are left alone.
+    """
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not any(Path(place, name).glob(f"{OWNER_PREFIX}*"))]
+        for name in names:
+            if name.startswith(".") and name.endswith(PARTIAL):
+                Path(place, name).unlink(missing_ok=True)
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:

@@ -14,6 +14,7 @@ import click
 
 from fastmem import __version__
 from fastmem.errors import FastmemError
+from fastmem.runs.interruption import Stopped, stopping
 
 # name -> (module, short help)
 COMMANDS = {
@@ -64,7 +65,16 @@ def cli() -> None:
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run the command line and exit: 0 done, 1 a bound was broken, 2 wrong usage, 3 a bad file, 130 interrupted."""
+    """Run the command line and exit.
+
+    0 done, 1 a bound was broken, 2 wrong usage, 3 a bad file, 130 interrupted, 143 or 129 stopped by SIGTERM or SIGHUP.
+    """
+    with stopping():
+        code = _run(args)
+    sys.exit(code)
+
+
+def _run(args: Sequence[str] | None) -> int:
     try:
         code = cli.main(args, prog_name="fastmem", standalone_mode=False)
     except click.ClickException as error:
@@ -73,9 +83,11 @@ def main(args: Sequence[str] | None = None) -> None:
     except FastmemError as error:
         click.echo(f"fastmem: {error}", err=True)
         code = error.exit_code
-    except (click.Abort, KeyboardInterrupt):
+    except (click.Abort, KeyboardInterrupt) as error:
         click.echo("fastmem: interrupted; what was finished is kept, continue with --resume", err=True)
-        code = INTERRUPTED
+        # click turns every interruption into an abort
+        cause = error.__cause__ if isinstance(error, click.Abort) else error
+        code = cause.exit_code if isinstance(cause, Stopped) else INTERRUPTED
     except Exception as error:
         # torch's error is known by name, so that this module need not load torch
         if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
@@ -86,4 +98,4 @@ def main(args: Sequence[str] | None = None) -> None:
             err=True,
         )
         code = 2
-    sys.exit(code if isinstance(code, int) else 0)
+    return code if isinstance(code, int) else 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import click
@@ -29,7 +28,7 @@ from fastmem.errors import UsageError
 from fastmem.models.checkpoints import load_model
 from fastmem.models.registry import LARGE_EXAMPLE, SMALL_EXAMPLE, find_entry
 from fastmem.report.score_report import ScoreFindings
-from fastmem.runs.folder import default_folder
+from fastmem.runs.folder import out_folder
 from fastmem.stages.opened_run import open_sources
 from fastmem.stages.score import ScoredRun, score
 
@@ -110,7 +109,7 @@ def command(
     find_entry(model)
     sources = open_sources(model, data, heldout, classes)
     loaded = load_model(model, checkpoint, tokenizer, device, dtype)
-    with terminal_reporter() as reporter:
+    with terminal_reporter() as reporter, out_folder(model, out) as run:
         found = score(
             loaded,
             sources["train"],
@@ -127,7 +126,7 @@ def command(
             batch_size=batch_size,
             workers=workers,
             token_cache=token_cache,
-            out=Path(out) if out is not None else default_folder(model),
+            out=run,
             resume=resume,
             check_classes=not no_class_check,
             reporter=reporter,

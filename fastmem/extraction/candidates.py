@@ -210,7 +210,7 @@ def collect_losses(
             reporter.advance(len(positions))
             if interruption.requested:
                 save()
-                raise KeyboardInterrupt
+                raise interruption.stopped
             if time.monotonic() - saved > SAVE_SECONDS:
                 save()
                 saved = time.monotonic()

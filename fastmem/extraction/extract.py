@@ -307,7 +307,7 @@ class _Stage:
                 done.append((targets, part))
                 self.reporter.advance(len(unit))
                 if interruption.requested:
-                    raise KeyboardInterrupt
+                    raise interruption.stopped
         return done
 
     def _judge(self, targets: Targets, source: ImageSource, manifest: Manifest) -> _Part:

@@ -36,6 +36,7 @@ from fastmem.index.pending import PendingPart, read_pending
 from fastmem.reporter import SILENT, Reporter, size, time_left
 from fastmem.runs.folder import check_writable
 from fastmem.runs.interruption import Interruption
+from fastmem.runs.owner import owned
 
 BUILD_SCHEMA = "fastmem.index-build/1"
 # pending vectors are added to the index this many at a time
@@ -131,9 +132,10 @@ def build_index(
     if batch_size is not None and batch_size < 1:
         raise UsageError(f"expected a batch size of at least 1 image, got {batch_size}")
     check_writable(folder)
-    header = _existing(folder, embedder, resume or out is None)
-    build = _Build(folder, embedder, header, _agree_on_factory(folder, header, factory, len(manifest)), seed)
-    return build.run(source, manifest, batch_size or embedder.batch_size, workers, reporter)
+    with owned(folder, "index"):
+        header = _existing(folder, embedder, resume or out is None)
+        build = _Build(folder, embedder, header, _agree_on_factory(folder, header, factory, len(manifest)), seed)
+        return build.run(source, manifest, batch_size or embedder.batch_size, workers, reporter)
 
 
 def _existing(folder: Path, embedder: Embedder, resume: bool) -> IndexHeader | None:
@@ -254,7 +256,7 @@ class _Build:
                     save()
                     part = PendingPart(manifest)
                 if interruption.requested:
-                    raise KeyboardInterrupt
+                    raise interruption.stopped
             if part.taken:
                 save()
         return files

@@ -17,6 +17,7 @@ from fastmem.quality.losses import mean_losses
 from fastmem.quality.samples import BATCH, SampleFolder, even_classes, sample_labels, sample_shard
 from fastmem.quality.sampling import EvaluationSettings, Sampling
 from fastmem.reporter import SILENT, Reporter
+from fastmem.runs.owner import owned
 from fastmem.tokens.true_images import TrueImages
 
 
@@ -125,8 +126,9 @@ def evaluate(
     sampling = Sampling(model, samples, settings, tuple(extractors))
     found = Comparison({})
     if extractors:
-        samples.start(identity, resume)
-        sampling.run(reporter)
+        with owned(samples.path, "evaluate"):
+            samples.start(identity, resume)
+            sampling.run(reporter)
         found = compare(extractors, [samples.features(e) for e in extractors], references)
     with sampling.timed("losses"):
         metrics = {**found.metrics, **mean_losses(model, losses or {}, groups)}

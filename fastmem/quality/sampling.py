@@ -108,7 +108,7 @@ class Sampling:
                 self._fill(number)
                 reporter.advance(len(self.samples.shards[number]))
                 if interruption.requested:
-                    raise KeyboardInterrupt
+                    raise interruption.stopped
 
     @contextmanager
     def timed(self, part: str) -> Iterator[None]:

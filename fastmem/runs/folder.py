@@ -18,7 +18,8 @@ extractions/            what was found by each attempt to extract training image
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from pathlib import Path
@@ -33,10 +34,44 @@ INPUTS_SCHEMA = "fastmem.inputs/1"
 
 
 def default_folder(model: str) -> Path:
-    """Return a path that does not exist yet, ``runs/MODEL-DATE``, with a number at the end where that is taken."""
+    """Make a new folder ``runs/MODEL-DATE``, with a number at the end where that is taken, and return its path.
+
+    Processes that call this at the same moment get different folders.
+
+    Raises: UsageError where the folder cannot be made.
+    """
     stem = Path("runs") / f"{model}-{datetime.now():%Y-%m-%d}"
-    candidates = (stem, *(stem.with_name(f"{stem.name}-{i}") for i in range(2, 10_000)))
-    return next(path for path in candidates if not path.exists())
+    number = 1
+    while True:
+        path = stem if number == 1 else stem.with_name(f"{stem.name}-{number}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.mkdir()
+        except FileExistsError:
+            if not path.parent.is_dir():
+                raise UsageError(f"expected a folder {path.parent}, got a file: choose --out") from None
+            number += 1
+        except OSError as error:
+            raise UsageError(
+                f"expected to be able to make the folder {path}, got {error.strerror or error}: choose another --out"
+            ) from error
+        else:
+            return path
+
+
+@contextmanager
+def out_folder(model: str, out: str | os.PathLike[str] | None) -> Iterator[Path]:
+    """The folder that a caller named, or else a new default one, which goes again where nothing came of it."""
+    if out is not None:
+        yield Path(out)
+        return
+    path = default_folder(model)
+    try:
+        yield path
+    finally:
+        with suppress(OSError):
+            # only an empty folder can be removed so
+            path.rmdir()
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,9 @@ from pathlib import Path
 import msgspec
 
 from fastmem.errors import FastmemError, UsageError
-from fastmem.files import read_bounded, remove_leftovers
+from fastmem.files import OWNER_PREFIX, read_bounded, remove_leftovers
 
-OWNER = re.compile(r"\.owner-(\d{1,9})")
+OWNER = re.compile(re.escape(OWNER_PREFIX) + r"(\d{1,9})")
 OWNER_BYTES = 4096
 # an owner on another machine shows that it lives by touching its file this often, and is dead after that long
 BEAT_SECONDS, DEAD_SECONDS = 15.0, 180.0
@@ -85,7 +85,7 @@ def _is_running(process: int) -> bool:
 
 def _owners(folder: Path) -> list[tuple[int, Path]]:
     """Return number and path of every owner's file in a folder, the highest number first."""
-    found = [(int(match[1]), path) for path in folder.glob(".owner-*") if (match := OWNER.fullmatch(path.name))]
+    found = [(int(match[1]), path) for path in folder.glob(f"{OWNER_PREFIX}*") if (match := OWNER.fullmatch(path.name))]
     return sorted(found, reverse=True)
 
 
@@ -122,18 +122,23 @@ def owned(folder: Path, work: str) -> Iterator[None]:
 
     Raises: UsageError where another process works there, which it names, or the folder cannot be written.
     """
+    made = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         key = str(folder.resolve())
         if key in _HELD:
-            yield
-            return
-        file = _take(folder, Owner.this_process(work))
+            held = True
+        else:
+            held = False
+            file = _take(folder, Owner.this_process(work))
     except OSError as error:
         raise UsageError(
             f"expected a folder that can be written, got {folder} ({error.strerror or error}): choose another --out or "
             "change its rights"
         ) from error
+    if held:
+        yield
+        return
     _HELD.add(key)
     stopped = threading.Event()
     beat = threading.Thread(target=_beat, args=(file, stopped), daemon=True)
@@ -146,6 +151,9 @@ def owned(folder: Path, work: str) -> Iterator[None]:
         _HELD.discard(key)
         with suppress(OSError):
             file.unlink()
+            if made:
+                # nothing came of it
+                folder.rmdir()
 
 
 # folders that this process has taken
@@ -157,11 +165,12 @@ def _take(folder: Path, me: Owner) -> Path:
         before = _owners(folder)
         _refuse_living(folder, before)
         number = before[0][0] + 1 if before else 1
-        file = folder / f".owner-{number}"
+        file = folder / f"{OWNER_PREFIX}{number}"
         # the content is there from the first moment: a link appears whole, or not at all
-        own = folder / f".owner-{me.process}-{os.urandom(8).hex()}"
-        own.write_text(json.dumps(asdict(me)))
+        own = folder / f"{OWNER_PREFIX}new-{os.urandom(8).hex()}"
         try:
+            with open(own, "x") as made:
+                made.write(json.dumps(asdict(me)))
             _appear(own, file)
         except FileExistsError:
             continue

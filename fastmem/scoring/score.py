@@ -380,7 +380,7 @@ class _Scorer:
                 self.reporter.advance(len(positions))
                 if interruption.requested:
                     self._save(split, running)
-                    raise KeyboardInterrupt
+                    raise interruption.stopped
             self._save(split, running)
 
     def _save(self, split: str, running: RunningSet) -> None:

@@ -20,7 +20,7 @@ from fastmem.models.checkpoints import load_model
 from fastmem.models.registry import entries
 from fastmem.ranking.ownership import GroupShare
 from fastmem.reporter import SILENT, Reporter
-from fastmem.runs.folder import default_folder
+from fastmem.runs.folder import out_folder
 from fastmem.scoring.membership import Membership
 from fastmem.stages.extract import run_extraction
 from fastmem.stages.opened_run import EditInForce, OpenedRun, open_run
@@ -86,16 +86,17 @@ def demo(
     name = _choose(model)
     loaded = load_model(name)
     sources = {split: embedded_source(split) for split in ("train", "heldout")}
-    scored = score(
-        loaded,
-        sources["train"],
-        heldout=sources["heldout"],
-        out=Path(out) if out is not None else default_folder(name),
-        per_image=True,
-        unconditional=True,
-        token_cache=AUTO,
-        reporter=reporter,
-    )
+    with out_folder(name, out) as folder:
+        scored = score(
+            loaded,
+            sources["train"],
+            heldout=sources["heldout"],
+            out=folder,
+            per_image=True,
+            unconditional=True,
+            token_cache=AUTO,
+            reporter=reporter,
+        )
     # a pass with a run folder leaves a document
     assert isinstance(scored, ScoredRun)
     if not full:

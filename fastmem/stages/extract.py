@@ -25,6 +25,7 @@ from fastmem.index.search import EmbeddingIndex
 from fastmem.mitigation.edit_file import EditPlan
 from fastmem.report.extraction_report import describe, write_verdicts
 from fastmem.reporter import SILENT, Reporter, Work
+from fastmem.runs.owner import owned
 from fastmem.stages.index import IndexResult
 from fastmem.stages.opened_run import EditInForce, OpenedRun, edited
 from fastmem.stages.options import USUAL_SSCD, AttackOptions, SSCDOptions
@@ -136,28 +137,29 @@ def extract(
         )
         asked = settings_document(settings)
         folder = run.folder.extraction_folder(f"{in_force.label}-{settings_digest(asked)}")
-        file = folder / "result.json"
-        if file.exists():
-            reporter.note(f"{folder} has this extraction already")
-            return ExtractionResult(folder, read_document(file, SCHEMA))
-        if folder.exists() and not resume:
-            raise UsageError(
-                f"expected no unfinished extraction in {folder}, got one: go on with --resume, or remove the folder"
+        with owned(folder, "extract"):
+            file = folder / "result.json"
+            if file.exists():
+                reporter.note(f"{folder} has this extraction already")
+                return ExtractionResult(folder, read_document(file, SCHEMA))
+            if (folder / "settings.json").exists() and not resume:
+                raise UsageError(
+                    f"expected no unfinished extraction in {folder}, got one: go on with --resume, or remove the folder"
+                )
+            write_json(folder / "settings.json", {"schema": SCHEMA, **asked})
+            found = run_extraction(
+                run,
+                in_force,
+                chosen,
+                searched,
+                lengths,
+                top_per_class,
+                folder=folder / "units",
+                batch_size=batch_size,
+                workers=workers,
+                reporter=reporter,
             )
-        write_json(folder / "settings.json", {"schema": SCHEMA, **asked})
-        found = run_extraction(
-            run,
-            in_force,
-            chosen,
-            searched,
-            lengths,
-            top_per_class,
-            folder=folder / "units",
-            batch_size=batch_size,
-            workers=workers,
-            reporter=reporter,
-        )
-        return ExtractionResult(folder, _finish(run, in_force, found, folder, asked))
+            return ExtractionResult(folder, _finish(run, in_force, found, folder, asked))
 
 
 def find_index(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from fastmem.models.model import Model
 from fastmem.report.score_report import ScoreFindings, write_report
 from fastmem.reporter import SILENT, Reporter
 from fastmem.runs.folder import RunFolder, RunInputs
+from fastmem.runs.owner import owned
 from fastmem.scoring.score import ScoreResult, score_images
 from fastmem.scoring.settings import BATCH_VIEWS, ScoreSettings
 from fastmem.tokens.cache import AUTO, OFF
@@ -104,25 +106,28 @@ def score(
         per_image,
         unconditional,
     )
-    found = score_images(
-        model,
-        {"train": source} | ({} if heldout is None else {"heldout": heldout}),
-        settings,
-        backend=backend,
-        out=None if out is None else Path(out),
-        resume=resume,
-        check_classes=check_classes,
-        workers=workers,
-        token_cache=None if token_cache is None else os.fspath(token_cache),
-        reporter=reporter,
-    )
-    if out is None:
-        return found
-    check_readable(source, len(found.skipped), found.train.count, next(iter(found.skipped), None))
-    folder = RunFolder(Path(out))
-    _inputs(model, source, heldout, token_cache).save(folder)
-    document, findings = write_report(model, source, folder, found, settings, pictures)
-    return ScoredRun(**{f.name: getattr(found, f.name) for f in fields(found)}, findings=findings, document=document)
+    with owned(Path(out), "score") if out is not None else nullcontext():
+        found = score_images(
+            model,
+            {"train": source} | ({} if heldout is None else {"heldout": heldout}),
+            settings,
+            backend=backend,
+            out=None if out is None else Path(out),
+            resume=resume,
+            check_classes=check_classes,
+            workers=workers,
+            token_cache=None if token_cache is None else os.fspath(token_cache),
+            reporter=reporter,
+        )
+        if out is None:
+            return found
+        check_readable(source, len(found.skipped), found.train.count, next(iter(found.skipped), None))
+        folder = RunFolder(Path(out))
+        _inputs(model, source, heldout, token_cache).save(folder)
+        document, findings = write_report(model, source, folder, found, settings, pictures)
+        return ScoredRun(
+            **{f.name: getattr(found, f.name) for f in fields(found)}, findings=findings, document=document
+        )
 
 
 def _inputs(

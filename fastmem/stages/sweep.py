@@ -20,6 +20,7 @@ from fastmem.quality.samples import BATCH
 from fastmem.report.sweep_pictures import draw_sweep
 from fastmem.reporter import SILENT, Reporter, Work, duration
 from fastmem.runs.folder import RunFolder
+from fastmem.runs.owner import owned
 from fastmem.stages.evaluate import image_doses
 from fastmem.stages.extract import candidate_scores
 from fastmem.stages.mitigate import default_name, keep_edit
@@ -173,22 +174,23 @@ def sweep(
         batch_size=batch_size,
     )
     folder = RunFolder(Path(out) if out is not None else run.path / "sweep")
-    identity = _identify(run, bench, chosen)
-    if not folder.check(identity, resume):
-        folder.start(identity)
-    prepared = _prepare(run, bench, chosen, reporter)
-    table = Table(folder.path / "rows", prepared.bench)
-    work = _Sweep(run, folder, table, prepared, _choose_cost(cost, table), reporter)
-    if target_reduction is None:
-        document = _measure_plan(work, plan_rows(settings))
-    else:
-        document = _search(work, target_reduction, settings.by)
-    document = {"run": str(run.path), "judge": chosen.name, "threshold": chosen.threshold} | document
-    document["caution"] = CAUTION
-    document["re_attacks"] = [found.record() for found in _attack_again(work, again)]
-    name = "sweep" if target_reduction is None else "search"
-    write_json(folder.path / f"{name}.json", {"schema": SCHEMA} | document)
-    return SweepResult(folder.path, document)
+    with owned(folder.path, "sweep"):
+        identity = _identify(run, bench, chosen)
+        if not folder.check(identity, resume):
+            folder.start(identity)
+        prepared = _prepare(run, bench, chosen, reporter)
+        table = Table(folder.path / "rows", prepared.bench)
+        work = _Sweep(run, folder, table, prepared, _choose_cost(cost, table), reporter)
+        if target_reduction is None:
+            document = _measure_plan(work, plan_rows(settings))
+        else:
+            document = _search(work, target_reduction, settings.by)
+        document = {"run": str(run.path), "judge": chosen.name, "threshold": chosen.threshold} | document
+        document["caution"] = CAUTION
+        document["re_attacks"] = [found.record() for found in _attack_again(work, again)]
+        name = "sweep" if target_reduction is None else "search"
+        write_json(folder.path / f"{name}.json", {"schema": SCHEMA} | document)
+        return SweepResult(folder.path, document)
 
 
 def _edits_at(rows: Sequence[Row], fractions: Sequence[float]) -> tuple[Row, ...]:

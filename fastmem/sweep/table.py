@@ -201,7 +201,7 @@ def measure_rows(table: Table, rows: Sequence[Row], reporter: Reporter = SILENT,
             measured.append(table.measure(row))
             reporter.advance(1)
             if interruption.requested:
-                raise KeyboardInterrupt
+                raise interruption.stopped
     return measured
 
 
