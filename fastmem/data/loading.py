@@ -1,29 +1,23 @@
-"""Read batches of views (crops of images) in worker processes, in a fixed order and with bounded memory."""
+"""Read batches of views (crops of images), in worker processes or not, in a fixed order and with bounded memory."""
 
 from __future__ import annotations
 
 import os
-import signal
-import sys
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
 
 from fastmem.data.decoding import DamagedImage, Skipped
 from fastmem.data.manifest import Manifest
 from fastmem.data.sources import ImageSource
 from fastmem.data.views import Views
-from fastmem.errors import FastmemError, InputFileError, UsageError
+from fastmem.data.workers import WorkersNotStarted, read_in_workers
+from fastmem.errors import InputFileError, UsageError
 
 MAX_WORKERS = 4
-# batches that every worker prepares ahead
-PREFETCH = 2
 # for fewer images than this, starting workers takes more time than they save
 FEW_IMAGES = 256
 
@@ -78,12 +72,12 @@ def load_views(
         manifest: the order of the images.
         batches: manifest positions, integers [n], for each batch.
         recipe: which crops to make.
-        workers: number of worker processes; by default up to 4, as cores and shared memory allow, and none for fewer
+        workers: number of worker processes; by default up to 4, as cores allow, and none for fewer
             than 256 images.
 
     Raises:
         UsageError: a position is out of range, the manifest is of another source, or ``workers`` is negative.
-        FastmemError: a worker process died (raised while iterating).
+        FastmemError: worker processes cannot be started, or one died (raised while iterating).
     """
     return load(ViewReader(source, manifest, recipe), batches, workers)
 
@@ -93,12 +87,12 @@ def load(
 ) -> Iterator[Any]:
     """Yield what ``reader.read`` returns for each of the given batches of manifest positions, in their order.
 
-    A batch is integers [n]. ``workers`` is the number of worker processes; by default up to 4, as cores and shared
-    memory allow, and none for fewer than 256 images.
+    A batch is integers [n]. ``workers`` is the number of worker processes; by default up to 4, as cores allow,
+    and none for fewer than 256 images.
 
     Raises:
         UsageError: a position is out of range, the manifest is of another source, or ``workers`` is negative.
-        FastmemError: a worker process died (raised while iterating).
+        FastmemError: worker processes cannot be started, or one died (raised while iterating).
     """
     if workers is not None and workers < 0:
         raise UsageError(f"expected 0 or more worker processes, got {workers}; leave it out to have them chosen")
@@ -111,15 +105,13 @@ def load(
             f"expected a manifest of {source.description}, got one of other images or loaded without them; "
             "build it from this source or load it with this source"
         )
-    if workers is None:
-        workers = _default_workers(checked, reader.recipe)
     return _iterate(reader, checked, workers)
 
 
-class ViewReader(Dataset[Any]):
-    """A torch dataset whose items are whole batches, so that a worker hands over one block of memory for each.
+class ViewReader:
+    """Reads whole batches, each by the manifest positions of its images, in the caller's process or in a worker.
 
-    An item is asked for by the manifest positions of its images, int64 [n]. ``source`` holds the images, ``manifest``
+    ``source`` holds the images, ``manifest``
     their order, and ``recipe`` says which crops to make.
     """
 
@@ -127,13 +119,6 @@ class ViewReader(Dataset[Any]):
         self.source = source
         self.manifest = manifest
         self.recipe = recipe
-
-    def __getitem__(self, positions: np.ndarray) -> Any:
-        # torch alters an exception that a worker raises, so the worker returns fastmem's own and the caller raises it
-        try:
-            return self.read(positions)
-        except FastmemError as error:
-            return error
 
     def read(self, positions: np.ndarray) -> Any:
         """Return a worker's result for the images at manifest positions int64 [n]; here it is a `Batch` of views."""
@@ -157,65 +142,18 @@ class ViewReader(Dataset[Any]):
         return Batch(np.array(kept, dtype=np.int64), views[: len(kept)], skipped)
 
 
-def _iterate(reader: ViewReader, batches: list[np.ndarray], workers: int) -> Iterator[Any]:
-    loader = DataLoader(
-        reader,
-        sampler=batches,
-        batch_size=None,
-        collate_fn=_unchanged,
-        num_workers=workers,
-        prefetch_factor=PREFETCH if workers else None,
-        worker_init_fn=_keep_quiet,
-        # a forked worker starts at once, but a fresh process would have to import torch first
-        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
-        # without a generator of its own, the loader would draw numbers from torch's global one
-        generator=torch.Generator(),
-    )
-    iterator = _start(loader)
-    try:
-        for batch in iterator:
-            if isinstance(batch, FastmemError):
-                raise batch
-            yield batch
-    except (RuntimeError, ConnectionError, EOFError) as error:
-        # torch's message starts with "Caught" when code in a worker raised; any other means that the worker died
-        if not workers or str(error).startswith("Caught "):
-            raise
-        raise FastmemError(
-            f"expected {workers} worker processes to read images until the end, got one that died ({error}); it may "
-            "have run out of memory or of shared memory: use fewer workers (0 for none) or smaller batches"
-        ) from error
-    finally:
-        # the workers stop when the last reference to the iterator is gone
-        del iterator
-
-
-def _start(loader: DataLoader[Any]) -> Iterator[Any]:
-    """Start the workers so that Ctrl-C does not stop them, and so that a dying worker does not interrupt the caller."""
-    # Ctrl-C is sent to the workers too: they inherit that it is blocked, and the main process stops them instead
-    held = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
-    child_handler = signal.getsignal(signal.SIGCHLD)
-    try:
-        return iter(loader)
-    finally:
-        # torch's handler would raise at once, in any code, when a worker dies; without it, the next batch raises
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGCHLD, child_handler)
-        signal.pthread_sigmask(signal.SIG_SETMASK, held)
-
-
-def _keep_quiet(worker: int) -> None:
-    # when the main process is interrupted, a worker thread that sends memory to it would print a traceback
-    sys.excepthook = _all_but_hang_ups
-
-
-def _all_but_hang_ups(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    if not issubclass(kind, (ConnectionError, EOFError)):
-        sys.__excepthook__(kind, error, trace)
-
-
-def _unchanged(batch: Any) -> Any:
-    return batch
+def _iterate(reader: ViewReader, batches: list[np.ndarray], asked: int | None) -> Iterator[Any]:
+    workers = _default_workers(batches) if asked is None else asked
+    if workers:
+        batch_bytes = max(map(len, batches), default=0) * reader.recipe.count * reader.recipe.size**2 * 3
+        try:
+            yield from read_in_workers(reader.read, batches, workers, batch_bytes)
+            return
+        except WorkersNotStarted:
+            # the result is the same without workers that nobody asked for
+            if asked is not None:
+                raise
+    yield from map(reader.read, batches)
 
 
 def _checked(batch: np.ndarray | Sequence[int], count: int) -> np.ndarray:
@@ -230,14 +168,8 @@ def _checked(batch: np.ndarray | Sequence[int], count: int) -> np.ndarray:
     return positions.astype(np.int64)
 
 
-def _default_workers(batches: list[np.ndarray], recipe: Views) -> int:
+def _default_workers(batches: list[np.ndarray]) -> int:
     if sum(map(len, batches)) < FEW_IMAGES:
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    workers = min(MAX_WORKERS, cores - 1)
-    # batches are passed through shared memory; a container often has only 64 MB, and a worker dies when it is full
-    if os.path.isdir("/dev/shm"):
-        space = os.statvfs("/dev/shm")
-        batch_bytes = max(map(len, batches)) * recipe.count * recipe.size**2 * 3
-        workers = min(workers, space.f_bavail * space.f_frsize // ((PREFETCH + 1) * batch_bytes))
-    return workers
+    return min(MAX_WORKERS, cores - 1)

@@ -118,7 +118,7 @@ def build_index(
             for the exact "Flat" in a new one.
         resume: continue an interrupted run, or extend the index, in ``out``.
         batch_size: number of images in one call of the embedder; None for the embedder's own batch size.
-        workers: number of processes that decode images; by default up to 4, as cores and shared memory allow, and none
+        workers: number of processes that decode images; by default up to 4, as cores allow, and none
             for fewer than 256 images.
         seed: chooses the images on which an approximate index is trained and its recall is measured.
         reporter: its ``planned`` is given the `IndexPlan`, and its ``advance`` the number of images done.

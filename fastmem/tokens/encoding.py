@@ -62,7 +62,7 @@ def tokens_of(
         recipe: which crops to encode.
         cache: where tokens are looked up and kept; None for no cache.
         keep: whether tokens that were encoded are written to the cache.
-        workers: number of processes that decode images; by default up to 4, as cores and shared memory allow, and none
+        workers: number of processes that decode images; by default up to 4, as cores allow, and none
             for fewer than 256 images.
         note: is given a sentence where a shard of the cache is damaged or the cache cannot be written.
 

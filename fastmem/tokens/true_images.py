@@ -84,7 +84,7 @@ def read_true_images(
         recipe: the recipe whose first view is taken; None for the model's centre view.
         cache: where tokens are looked up; None for no cache. New tokens are kept only when ``positions`` is None,
             because in other batches the rounding of the encoder may give slightly different tokens.
-        workers: number of processes that decode images; by default up to 4, as cores and shared memory allow, and none
+        workers: number of processes that decode images; by default up to 4, as cores allow, and none
             for fewer than 256 images.
         reporter: its ``advance`` is given the number of images read, and its ``note`` a sentence for a damaged file of
             the cache.

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import io
 import os
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
+import traceback
 import zipfile
 from dataclasses import dataclass
+from multiprocessing.popen_fork import Popen
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from fastmem.data import loading
 from fastmem.data.decoding import Skipped
-from fastmem.data.loading import Batch, load_views
+from fastmem.data.loading import Batch, ViewReader, load, load_views
 from fastmem.data.manifest import Manifest
 from fastmem.data.sources import ArraySource, ImageSource, ZipSource
 from fastmem.data.views import CenterCrop, RandomCrops, TenCrop
@@ -161,40 +164,113 @@ def test_a_negative_number_of_workers_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("images", "batch", "cores", "free_bytes", "workers"),
+    ("images", "cores", "workers"),
     [
-        pytest.param(255, 51, 8, 2**40, 0, id="few images"),
-        pytest.param(256, 64, 8, 2**40, 4, id="many cores"),
-        pytest.param(256, 64, 3, 2**40, 2, id="three cores"),
-        pytest.param(256, 64, 1, 2**40, 0, id="one core"),
-        # a batch of 64 images, one view of 16 x 16 x 3 bytes, is 48 KiB, and three of them are held per worker
-        pytest.param(256, 64, 8, 2 * 3 * 48 * 1024, 2, id="shared memory for two"),
-        pytest.param(256, 64, 8, 64 * 1024, 0, id="hardly any shared memory"),
+        pytest.param(255, 8, 0, id="few images"),
+        pytest.param(256, 8, 4, id="many cores"),
+        pytest.param(256, 3, 2, id="three cores"),
+        pytest.param(256, 1, 0, id="one core"),
     ],
 )
-def test_workers_are_chosen_by_work_cores_and_shared_memory(
-    images: int, batch: int, cores: int, free_bytes: int, workers: int, monkeypatch: pytest.MonkeyPatch
+def test_workers_are_chosen_by_work_and_cores(
+    images: int, cores: int, workers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chosen = []
-    real = loading.DataLoader
 
-    def recording(*args, num_workers: int, **rest):
-        chosen.append(num_workers)
-        return real(*args, num_workers=0, collate_fn=rest["collate_fn"], sampler=rest["sampler"], batch_size=None)
+    def recording(read, batches, count: int, batch_bytes: int):
+        chosen.append(count)
+        return map(read, batches)
 
-    @dataclass
-    class Space:
-        f_bavail: int
-        f_frsize: int = 1
-
-    monkeypatch.setattr(loading, "DataLoader", recording)
+    monkeypatch.setattr(loading, "read_in_workers", recording)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)), raising=False)
-    monkeypatch.setattr(os, "statvfs", lambda path: Space(free_bytes))
-    monkeypatch.setattr(os.path, "isdir", lambda path: True)
     source = array_source(images)
-    cut = np.arange(images).reshape(-1, batch)
-    list(load_views(source, Manifest.build(source), cut, CenterCrop(16)))
-    assert chosen == [workers]
+    list(load_views(source, Manifest.build(source), np.array_split(np.arange(images), 4), CenterCrop(16)))
+    assert chosen == [workers] * (workers > 0)
+
+
+def refuse_processes(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+    """Let the system start ``after`` processes and no more."""
+    real, started = Popen.__init__, []
+
+    def limited(self, process) -> None:
+        if len(started) == after:
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        started.append(process)
+        real(self, process)
+
+    monkeypatch.setattr(Popen, "__init__", limited)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks")
+@pytest.mark.parametrize("after", [0, 1])
+def test_workers_that_cannot_be_started_are_refused_or_done_without(
+    after: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse_processes(monkeypatch, after)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2})
+    source, before = array_source(260), children()
+    manifest, cut = Manifest.build(source), [np.arange(260)]
+    with pytest.raises(FastmemError, match=r"expected to start 2 worker .*Resource temporarily .*\(0 for none\)"):
+        list(load_views(source, manifest, cut, CenterCrop(16), workers=2))
+    assert children() == before
+    refuse_processes(monkeypatch, after)
+    assert_same(*(list(load_views(source, manifest, cut, CenterCrop(16), workers)) for workers in (None, 0)))
+
+
+@dataclass(frozen=True)
+class Numbered(ViewReader):
+    """A reader whose results are tensors of another size than the views: smaller, as large, or far larger."""
+
+    source: ImageSource
+    manifest: Manifest
+    recipe: CenterCrop
+    size: int
+
+    def read(self, positions: np.ndarray) -> tuple[torch.Tensor, np.ndarray, str]:
+        tensor = torch.arange(self.size, dtype=torch.int64) + int(positions[0])
+        return tensor[::2], np.full(self.size, positions[0]), "a word"
+
+
+@pytest.mark.parametrize("size", [0, 1, 16 * 16 * 3 // 8, 100_000])
+def test_results_of_any_size_come_back_and_can_be_kept(size: int) -> None:
+    source = array_source()
+    reader = Numbered(source, Manifest.build(source), CenterCrop(16), size)
+    results = list(load(reader, [[number] for number in range(13)], workers=2))
+    for number, (tensor, array, word) in enumerate(results):
+        assert torch.equal(tensor, torch.arange(size)[::2] + number)
+        assert np.array_equal(array, np.full(size, number))
+        assert word == "a word"
+        tensor += 1
+
+
+NO_SHARED_MEMORY = """
+    import numpy as np
+    from fastmem.data.loading import load_views
+    from fastmem.data.manifest import Manifest
+    from fastmem.data.sources import ArraySource
+    from fastmem.data.views import TenCrop
+
+    source = ArraySource(np.zeros((16, 64, 64, 3), np.uint8), [0] * 16)
+    cut = np.arange(16).reshape(8, 2)
+    print(sum(len(batch.views) for batch in load_views(source, Manifest.build(source), cut, TenCrop(64), 2)))
+"""
+
+
+def test_workers_need_no_shared_memory_folder() -> None:
+    mounted = (
+        "mount -t tmpfs -o size=4k none /dev/shm && : > /dev/shm/full && head -c 8k /dev/zero > /dev/shm/full; exec"
+    )
+    command = ["unshare", "-m", "bash", "-c"]
+    if (
+        not shutil.which("unshare")
+        or subprocess.run([*command, "mount -t tmpfs none /dev/shm"], check=False).returncode
+    ):
+        pytest.skip("needs the right to mount")
+    code = shlex.join([sys.executable, "-c", textwrap.dedent(NO_SHARED_MEMORY)])
+    done = subprocess.run(
+        [*command, f"{mounted} {code}"], capture_output=True, text=True, timeout=100, cwd=Path(__file__).parents[2]
+    )
+    assert (done.stdout, done.returncode) == ("16\n", 0)
 
 
 @dataclass(frozen=True)
@@ -207,13 +283,13 @@ class Killer(CenterCrop):
         return super().__call__(image, image_id)
 
 
-def test_a_worker_that_dies_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # torch asks every five seconds whether its workers live
-    monkeypatch.setattr(_MultiProcessingDataLoaderIter._try_get_data, "__defaults__", (0.1,))
+def test_a_worker_that_dies_is_one_clear_error(tmp_path: Path) -> None:
     source = zip_source(tmp_path / "a.zip")
     manifest, at = in_name_order(source)
     cut = [[at[f"cat/{number}.png"]] for number in (0, 1, 2, 3)]
-    with pytest.raises(FastmemError, match=r"got one that died .*use fewer workers \(0 for none\)") as refusal:
+    with pytest.raises(
+        FastmemError, match=r"got one that died \(killed by signal 9\).*use fewer workers \(0 for none\)"
+    ) as refusal:
         list(load_views(source, manifest, cut, Killer(16), workers=2))
     assert "\n" not in str(refusal.value)
 
@@ -229,8 +305,63 @@ class Faulty(CenterCrop):
 @both_ways
 def test_a_mistake_in_a_recipe_is_not_taken_for_a_dead_worker(workers: int) -> None:
     source = array_source()
-    with pytest.raises(RuntimeError, match="a mistake"):
+    with pytest.raises(RuntimeError, match="a mistake") as mistake:
         list(load_views(source, Manifest.build(source), [[0]], Faulty(16), workers))
+    assert "in __call__" in "".join(traceback.format_exception(mistake.value))
+
+
+class Odd(Exception):
+    """An exception that can be pickled but not made again."""
+
+    def __init__(self) -> None:
+        super().__init__("one argument more than it takes")
+
+
+@dataclass(frozen=True)
+class OddlyFaulty(CenterCrop):
+    """A recipe whose mistake cannot be passed from process to process, or that prints, or that ends its process."""
+
+    how: str = "raise"
+
+    def __call__(self, image: Image.Image, image_id: int) -> np.ndarray:
+        if self.how == "raise":
+            raise Odd
+        if self.how == "exit":
+            raise SystemExit(7)
+        print("a worker talks " * 1000, flush=True)
+        return super().__call__(image, image_id)
+
+
+@pytest.mark.parametrize(
+    ("how", "kind", "message"),
+    [
+        pytest.param("raise", RuntimeError, "a worker process failed:\n.*Odd", id="cannot be pickled"),
+        pytest.param("exit", FastmemError, r"got one that died \(exit status 7\)", id="exits"),
+    ],
+)
+def test_an_odd_end_of_a_worker_is_reported(how: str, kind: type[Exception], message: str) -> None:
+    source = array_source()
+    with pytest.raises(kind, match=f"(?s){message}"):
+        list(load_views(source, Manifest.build(source), [[0], [1]], OddlyFaulty(16, how=how), 2))
+
+
+def test_a_worker_may_print(capfd: pytest.CaptureFixture[str]) -> None:
+    source = array_source()
+    manifest = Manifest.build(source)
+    talking, quiet = OddlyFaulty(16, how="print"), CenterCrop(16)
+    assert_same(*(list(load_views(source, manifest, [[0], [1]], recipe, 2)) for recipe in (talking, quiet)))
+    assert "a worker talks" in capfd.readouterr().out
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_stopped_worker_ends_with_the_caller() -> None:
+    source, before = array_source(), children()
+    batches = load_views(source, Manifest.build(source), [[0]] * 50, CenterCrop(16), workers=2)
+    next(batches)
+    for worker in children() - before:
+        os.kill(int(worker), signal.SIGSTOP)
+    batches.close()
+    assert children() == before
 
 
 def test_a_death_does_not_reach_the_code_between_batches() -> None:
