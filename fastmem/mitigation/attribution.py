@@ -26,6 +26,7 @@ from fastmem.data.manifest import Manifest
 from fastmem.data.sources import ImageSource
 from fastmem.errors import UsageError
 from fastmem.extraction.candidates import TOP_PER_CLASS, highest_per_class
+from fastmem.models.finite import Witness
 from fastmem.models.model import Model
 from fastmem.ranking.selection import Selection, select
 from fastmem.stats import UnitStats
@@ -134,7 +135,7 @@ def loss_slopes(model: Model, tokens: Tensor, labels: Tensor, batch_size: int = 
         batch_size: number of images in one backward pass; memory grows with it.
 
     Raises: UsageError where there are no images, ``batch_size`` is below 1, or tokens or labels have another shape or
-    are out of range.
+    are out of range; FastmemError where the slopes are not finite, as ``Model.check`` says.
     """
     if not len(tokens) or batch_size < 1:
         raise UsageError(
@@ -148,6 +149,7 @@ def loss_slopes(model: Model, tokens: Tensor, labels: Tensor, batch_size: int = 
             logits = model.forward_logits(batch, own)
             loss = functional.cross_entropy(logits.transpose(1, 2), batch, reduction="sum")
         total += torch.stack(torch.autograd.grad(loss, factors))
+    model.check("slopes of the loss", Witness().see(total), tokens, labels)
     return (total / tokens.numel()).cpu()
 
 

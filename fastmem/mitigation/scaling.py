@@ -67,7 +67,8 @@ class Edit:
 
         Edits that share a unit must be undone in the reverse order; other edits can be undone in any order.
 
-        Raises: UsageError where a later edit that is in force shares a unit; then nothing is changed.
+        Raises: UsageError where a later edit that is in force shares a unit, or the rows are no longer what this edit
+        made of them; then nothing is changed.
         """
         if not self.live:
             return
@@ -80,6 +81,12 @@ class Edit:
                 f"expected to undo the latest edit of a unit first, got an edit that shares {shared} units with later "
                 "edits in force: undo the later edits first"
             )
+        changed = [layer for layer in self.saved if not self._is_as_left(layer)]
+        if changed:
+            raise UsageError(
+                f"expected the scaled rows of block {changed[0]} as this edit left them, got others: the weights were "
+                "changed under the edit, so load the model again"
+            )
         for layer, (rows, values) in self.saved.items():
             weight = self.model.fc1_layers[layer].weight
             weight.index_copy_(0, rows.to(weight.device), values.to(weight.device))
@@ -90,6 +97,18 @@ class Edit:
         for edit in later:
             edit.fingerprint = {}
         self.saved = {}
+
+    def _is_as_left(self, layer: int) -> bool:
+        """Whether the rows of a layer hold what the edit made of them, or what they held before it."""
+        rows, before = self.saved[layer]
+        weight = self.model.fc1_layers[layer].weight
+        now, before = weight[rows.to(weight.device)], before.to(weight.device)
+        factors = self.factor[self.layer == layer]
+        return now.dtype == before.dtype and any(
+            # a NaN that the weights had before is equal to itself here
+            bool(((now == values) | (now.isnan() & values.isnan())).all())
+            for values in (_scaled(before, factors), before)
+        )
 
     def _keys(self) -> Tensor:
         return self.layer * self.model.num_units + self.unit
@@ -102,16 +121,19 @@ def scale_units(model: Model, selection: Units, factor: float | Tensor = 0.5) ->
     ``selection`` is a selection, an edit plan or any other object with ``layer`` and ``unit``, int64 [n]. ``factor`` is
     one number for all units, or one for each unit, float [n]. Biases and all other weights stay as they are.
 
-    Raises: UsageError where a unit does not exist or is repeated, or ``factor`` has another shape or is not finite.
+    Raises: UsageError where a unit does not exist or is repeated, or ``factor`` has another shape, is not finite, or
+    makes a weight infinite; then nothing is changed.
 
     Source: arXiv 2509.00488, section 5.
     """
-    layer, unit = (torch.as_tensor(t, dtype=torch.int64).cpu() for t in (selection.layer, selection.unit))
+    layer, unit = (_integers(t) for t in (selection.layer, selection.unit))
     check_units(layer, unit, model.num_layers, model.num_units)
     factors = _one_each(factor, len(layer))
     weights = {at: model.fc1_layers[at].weight for at in layer.unique().tolist()}
     rows = {at: unit[layer == at] for at in weights}
     saved = {at: (rows[at], weight[rows[at].to(weight.device)]) for at, weight in weights.items()}
+    for at, (_, values) in saved.items():
+        _check_range(at, values, factors[layer == at])
     known = model.exchange_fingerprint({})
     edit = Edit(model, layer, unit, factors, saved, known)
     if len(factors) and bool((factors == factors[0]).all()):
@@ -125,10 +147,34 @@ def scale_units(model: Model, selection: Units, factor: float | Tensor = 0.5) ->
 
 
 def _scale_each(weight: Tensor, rows: Tensor, factors: Tensor) -> None:
+    rows = rows.to(weight.device)
+    weight[rows] = _scaled(weight[rows], factors)
+
+
+def _scaled(values: Tensor, factors: Tensor) -> Tensor:
+    """Rows [m,width] times a factor each, float64 [m]."""
     # like the operator for a single factor: a product in float32, or in float64 for float64 weights, rounded once
-    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    rows, factors = rows.to(weight.device), factors.to(weight.device, wide)
-    weight[rows] = (weight[rows].to(wide) * factors[:, None]).to(weight.dtype)
+    wide = torch.float64 if values.dtype == torch.float64 else torch.float32
+    return (values.to(wide) * factors.to(values.device, wide)[:, None]).to(values.dtype)
+
+
+def _check_range(layer: int, values: Tensor, factors: Tensor) -> None:
+    """Refuse factors by which finite weights become infinite in their type."""
+    lost = (values.isfinite() & ~_scaled(values, factors).isfinite()).any(1)
+    if bool(lost.any()):
+        factor = float(factors[lost.cpu()][0])
+        raise UsageError(
+            f"expected a factor whose products stay finite in {str(values.dtype).removeprefix('torch.')}, got {factor:g}"
+            f" for a unit of block {layer}: take a smaller one"
+        )
+
+
+def _integers(values: Tensor) -> Tensor:
+    found = torch.as_tensor(values).cpu()
+    # an empty list becomes a tensor of floats
+    if (found.is_floating_point() and len(found)) or found.dtype == torch.bool or found.is_complex():
+        raise UsageError(f"expected layers and units as int64, got {found.dtype}: give their numbers, not a mask")
+    return found.to(torch.int64)
 
 
 def check_units(layer: Tensor, unit: Tensor, layers: int, units: int) -> None:

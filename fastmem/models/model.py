@@ -9,6 +9,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,7 +21,8 @@ from fastmem.backends.select import Backend, FC1Response, choose_backend
 
 # to_unit_range is imported for those who ask this module for it
 from fastmem.data.views import to_unit_range  # noqa: F401
-from fastmem.errors import UsageError
+from fastmem.errors import FastmemError, InputFileError, UsageError
+from fastmem.models.finite import Witness, first_part, first_wrong
 from fastmem.models.layers import NO_CLASS
 from fastmem.models.observation import Observation, Segment, TokenOutcomes
 from fastmem.models.registry import Preset
@@ -28,6 +30,12 @@ from fastmem.models.tokenizer import Tokenizer
 
 # pixels that go through the tokenizer at once, which bounds its memory whatever the caller's batch (8 images of 256 px)
 TOKENIZER_PIXELS = 8 * 256 * 256
+# how far pixels may leave [0,1], for what a change of their type rounds
+PIXEL_SLACK = 1e-3
+# images of a pass that is run again to find where its numbers went wrong
+BLAMED_IMAGES = 8
+# types of tokens and labels
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 # logits that are held at once, which bounds them whatever the caller's batch (256 MiB)
 LOGITS = 2**26
 
@@ -158,6 +166,8 @@ class Model(ABC):
     def _generate(self, labels: Tensor, tokens: Tensor, lengths: Tensor, sampling: Sampling | None) -> Tensor:
         """Continue the beginnings of rows of tokens to whole images, int64 [N,T].
 
+        Logits that are not finite are refused, best by one call of ``check`` at the end, which costs one wait.
+
         Args:
             labels: int64 [N], on the model's device as all tensors here, with N of at least 1.
             tokens: int64 [N,T], which may be overwritten.
@@ -205,14 +215,24 @@ class Model(ABC):
         """Tokens of images: float [N,3,S,S] in [0,1] to int64 [N,T].
 
         Raises:
-            UsageError: the images have another shape or an integer type.
+            UsageError: the images have another shape, an integer type, or pixels that are NaN or outside [0,1].
+            InputFileError: the tokenizer gives numbers that are not finite.
         """
         expected = (3, self.image_size, self.image_size)
+        _check_type("images", images, f"float [N,{','.join(map(str, expected))}] in [0,1]")
         if images.ndim != 4 or tuple(images.shape[1:]) != expected or not images.is_floating_point():
             raise UsageError(
                 f"expected images as float [N,{','.join(map(str, expected))}] in [0,1], got {images.dtype} "
                 f"{list(images.shape)}: resize and scale them first"
             )
+        if images.numel():
+            low, high = torch.stack(images.aminmax()).tolist()
+            # NaN fails every comparison
+            if not (low >= -PIXEL_SLACK and high <= 1 + PIXEL_SLACK):
+                raise UsageError(
+                    f"expected images with pixels in [0,1], got {low:g}..{high:g}: divide bytes by 255, undo any other "
+                    "normalisation, and clamp what a resize overshot"
+                )
         images = images.to(self.device, torch.float32).contiguous(memory_format=torch.channels_last)
         # a near tie between two codes must not be decided by reduced precision
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
@@ -224,6 +244,7 @@ class Model(ABC):
 
         Raises:
             UsageError: the tokens have another shape or are outside the codebook.
+            InputFileError: the tokenizer gives numbers that are not finite.
         """
         tokens = self._check_tokens(tokens)
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
@@ -240,8 +261,12 @@ class Model(ABC):
 
         Raises:
             UsageError: tokens or labels have another shape or are out of range.
+            FastmemError: the logits are not finite, as ``check`` says.
         """
-        return self.forward_logits(*self.check_inputs(tokens, labels))
+        tokens, labels = self.check_inputs(tokens, labels)
+        logits = self.forward_logits(tokens, labels)
+        self.check("logits", Witness().see(logits), tokens, labels)
+        return logits
 
     @torch.inference_mode()
     def outcomes(self, tokens: Tensor, labels: Tensor | None) -> TokenOutcomes:
@@ -249,6 +274,7 @@ class Model(ABC):
 
         Raises:
             UsageError: tokens or labels have another shape or are out of range.
+            FastmemError: the losses are not finite, as ``check`` says.
         """
         if labels is None:
             tokens = self._check_tokens(tokens)
@@ -256,7 +282,10 @@ class Model(ABC):
         else:
             tokens, labels = self.check_inputs(tokens, labels)
         chunks = self._logits_chunks(tokens, labels)
-        return TokenOutcomes.join([TokenOutcomes.of(self.forward_logits(t, y), t) for t, y in chunks])
+        outcomes = TokenOutcomes.join([TokenOutcomes.of(self.forward_logits(t, y), t) for t, y in chunks])
+        # any logit that is NaN makes the loss of its position NaN
+        self.check("losses", Witness().see(outcomes.loss), tokens, labels)
+        return outcomes
 
     def candidate_scores(self, tokens: Tensor, labels: Tensor) -> Tensor:
         """Share of hits over the candidate positions, float32 [N], for tokens int64 [N,T] under labels int64 [N].
@@ -281,6 +310,9 @@ class Model(ABC):
     ) -> Tensor:
         """Each unit's mean absolute activation over each segment, float32 [N,layers,segments,units].
 
+        The check of the numbers reaches every position of the pass, inside and outside the segments, as far as the
+        family's ``Observation`` holds its residual stream.
+
         Args:
             tokens: int64 [N,T].
             labels: int64 [N].
@@ -289,9 +321,13 @@ class Model(ABC):
 
         Raises:
             UsageError: a segment is unknown, or tokens or labels have another shape or are out of range.
+            FastmemError: the numbers of the pass are not finite, as ``check`` says.
         """
         spans, fc1_response = self._choose(segments, backend)
-        return self._observe(*self.check_inputs(tokens, labels), spans, fc1_response, False).responses
+        tokens, labels = self.check_inputs(tokens, labels)
+        seen = self._observe(tokens, labels, spans, fc1_response, False)
+        self._check_observation(seen, segments, tokens, labels)
+        return seen.responses
 
     @torch.inference_mode()
     def responses_and_outcomes(
@@ -309,13 +345,70 @@ class Model(ABC):
             UsageError: in the cases in which ``responses`` raises it.
         """
         spans, fc1_response = self._choose(segments, backend)
-        responses, outcomes = [], []
-        for t, y in self._logits_chunks(*self.check_inputs(tokens, labels)):
+        tokens, labels = self.check_inputs(tokens, labels)
+        responses, parts = [], []
+        for t, y in self._logits_chunks(tokens, labels):
             seen = self._observe(t, y, spans, fc1_response, True)
             logits = self.forward_logits(t, y) if seen.logits is None else seen.logits
+            self._check_observation(seen, segments, t, y)
             responses.append(seen.responses)
-            outcomes.append(TokenOutcomes.of(logits, t))
-        return torch.cat(responses), TokenOutcomes.join(outcomes)
+            parts.append(TokenOutcomes.of(logits, t))
+        outcomes = TokenOutcomes.join(parts)
+        self.check("losses", Witness().see(outcomes.loss), tokens, labels)
+        return torch.cat(responses), outcomes
+
+    def check(self, what: str, witness: Witness, tokens: Tensor, labels: Tensor) -> None:
+        """Refuse numbers of a pass that are not finite, and say which part of the network gave the first of them.
+
+        Args:
+            what: plural noun for what was computed.
+            witness: what has seen these numbers.
+            tokens: int64 [N,T] of the pass, on the model's device.
+            labels: int64 [N] of the pass, likewise; -1 for no class.
+
+        Raises:
+            UsageError: a number is NaN or beyond 2^56 in float16 or under an edit, which the caller can change.
+            InputFileError: a number is NaN or beyond 2^56, and the weights are to blame.
+        """
+        if not witness.holds():
+            raise self._wrong_numbers(f"finite {what}, got NaN or numbers beyond 2^56", tokens, labels)
+
+    def _check_observation(
+        self, seen: Observation, segments: Sequence[str] | None, tokens: Tensor, labels: Tensor
+    ) -> None:
+        if seen.is_finite():
+            return
+        found = first_wrong(seen.responses)
+        if found is None:
+            got = "NaN or numbers beyond 2^56 in the residual stream"
+        else:
+            block, segment, unit, value = found
+            got = f"{value:g} for unit {unit} of block {block} in segment {self.find_segments(segments)[segment].name}"
+        raise self._wrong_numbers(f"finite responses, got {got}", tokens, labels)
+
+    def _wrong_numbers(self, what: str, tokens: Tensor, labels: Tensor) -> FastmemError:
+        part = self._first_part(tokens, labels)
+        dtype = str(self.dtype).removeprefix("torch.")
+        said = f"expected {what}{f', the first from {part}' if part else ''}, in {dtype}"
+        if self.dtype == torch.float16:
+            return UsageError(f"{said}: its largest number is 65504, so take --dtype bfloat16 or float32")
+        if self.edits:
+            return UsageError(f"{said} under an edit of the weights: take a smaller factor, or undo the edit")
+        return InputFileError(
+            f"{said}: the weights are damaged or of another network, give the right files with --checkpoint and "
+            "--tokenizer"
+        )
+
+    @torch.inference_mode()
+    def _first_part(self, tokens: Tensor, labels: Tensor) -> str:
+        """Name of the first module that gives a wrong number in the teacher-forced pass; "" where none does."""
+        # a guided generation also runs without a class
+        for classes in (labels, torch.full_like(labels, NO_CLASS)):
+            for chunk in zip(tokens.split(BLAMED_IMAGES), classes.split(BLAMED_IMAGES), strict=True):
+                part = first_part((self.tokenizer, self.generator), partial(self.forward_logits, *chunk))
+                if part:
+                    return part
+        return ""
 
     def _choose(self, segments: Sequence[str] | None, backend: Backend | None) -> tuple[list[Span], FC1Response]:
         """The positions of named segments, and the operator that a pass over them uses."""
@@ -353,8 +446,13 @@ class Model(ABC):
         """
         if greedy and preset is not None:
             raise UsageError("expected no preset with greedy=True, got one: drop it, or pass greedy=False to sample")
-        rows = list(prefix)
+        rows = _prefix_rows(prefix)
         labels = self._check_labels(labels, len(rows))
+        if generator is not None and generator.device.type != self.device.type:
+            raise UsageError(
+                f"expected a random generator on {self.device.type}, where the model is, got one on "
+                f"{generator.device.type}: make it with torch.Generator({self.device.type!r})"
+            )
         lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64)
         self._check_lengths(lengths.tolist())
         tokens = torch.zeros(len(rows), self.num_tokens, dtype=torch.int64, device=self.device)
@@ -391,23 +489,25 @@ class Model(ABC):
         return self._check_tokens(tokens), self._check_labels(labels, len(tokens))
 
     def _check_tokens(self, tokens: Tensor) -> Tensor:
-        vocabulary = self.vocabulary
-        if tokens.ndim != 2 or tokens.shape[1] != self.num_tokens or tokens.is_floating_point():
+        _check_type("tokens", tokens, f"int64 [N,{self.num_tokens}]")
+        if tokens.ndim != 2 or tokens.shape[1] != self.num_tokens or tokens.dtype not in INTEGERS:
             raise UsageError(f"expected tokens as int64 [N,{self.num_tokens}], got {tokens.dtype} {list(tokens.shape)}")
-        if tokens.numel() and (int(tokens.min()) < 0 or int(tokens.max()) >= vocabulary):
+        low, high = _range(tokens)
+        if low < 0 or high >= self.vocabulary:
             raise UsageError(
-                f"expected tokens in 0..{vocabulary - 1}, got {int(tokens.min())}..{int(tokens.max())}: "
-                "were they made by another tokenizer?"
+                f"expected tokens in 0..{self.vocabulary - 1}, got {low}..{high}: were they made by another tokenizer?"
             )
         return tokens.to(self.device, torch.int64)
 
     def _check_labels(self, labels: Tensor, count: int) -> Tensor:
-        if labels.shape != (count,) or labels.is_floating_point():
+        _check_type("labels", labels, f"int64 [{count}]")
+        if labels.shape != (count,) or labels.dtype not in INTEGERS:
             raise UsageError(f"expected labels as int64 [{count}], got {labels.dtype} {list(labels.shape)}")
-        if count and (int(labels.min()) < 0 or int(labels.max()) >= self.num_classes):
+        low, high = _range(labels)
+        if low < 0 or high >= self.num_classes:
             raise UsageError(
-                f"expected labels in 0..{self.num_classes - 1}, got {int(labels.min())}..{int(labels.max())}: "
-                "does the data have more classes than the checkpoint?"
+                f"expected labels in 0..{self.num_classes - 1}, got {low}..{high}: does the data have more classes "
+                "than the checkpoint?"
             )
         return labels.to(self.device, torch.int64)
 
@@ -421,6 +521,36 @@ class Model(ABC):
                 f"expected prefixes of {', '.join(map(str, self.prefix_lengths))} tokens, got one of {unfit[0]}: "
                 "end it at one of these"
             )
+
+
+def _check_type(name: str, given: object, wanted: str) -> None:
+    if not isinstance(given, Tensor):
+        raise UsageError(
+            f"expected {name} as a tensor {wanted}, got {type(given).__name__}: make one with torch.as_tensor"
+        )
+
+
+def _range(values: Tensor) -> tuple[int, int]:
+    """The smallest and the largest of some integers, with one wait for a GPU; 0 and 0 where there are none."""
+    if not values.numel():
+        return 0, 0
+    low, high = torch.stack(values.aminmax()).tolist()
+    return low, high
+
+
+def _prefix_rows(prefix: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    """The rows of a prefix, each int64 [P]. Raises: UsageError where a row is no list of integers."""
+    whole = isinstance(prefix, Tensor) and prefix.ndim != 2
+    rows = [] if whole else [torch.as_tensor(row) for row in prefix]
+    # an empty list becomes a tensor of floats
+    unfit = [r for r in rows if r.ndim != 1 or (r.dtype not in INTEGERS and len(r))]
+    if whole or unfit:
+        got = prefix if isinstance(prefix, Tensor) else unfit[0]
+        raise UsageError(
+            f"expected a prefix as int64 [N,P], or N rows of int64 tokens, got {got.dtype} {list(got.shape)}: give one "
+            "row of tokens for each image"
+        )
+    return rows
 
 
 def _hash(network: nn.Module) -> str:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from fastmem.models.finite import Witness
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -32,11 +34,18 @@ class Observation:
     """What one teacher-forced pass gives while the outputs of every block's fc1 are observed.
 
     ``responses`` are float32 [N,layers,S,units], each unit's mean absolute activation over each of S spans of
-    positions. ``logits`` are float32 [N,T,V], or None where they were not computed.
+    positions. ``logits`` are float32 [N,T,V], or None where they were not computed. ``stream`` is the residual stream
+    of all positions at the end of the pass, [N,positions,width], by which numbers that overflowed are found at any
+    position; None where a family has none.
     """
 
     responses: Tensor
     logits: Tensor | None = None
+    stream: Tensor | None = None
+
+    def is_finite(self) -> bool:
+        """Whether no response is infinite or NaN, and no number of the stream is or is too large for a norm."""
+        return Witness().see(self.responses, *(() if self.stream is None else (self.stream,))).holds()
 
 
 @dataclass(frozen=True)

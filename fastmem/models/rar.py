@@ -22,6 +22,7 @@ from fastmem.backends.plain import Span
 from fastmem.backends.select import FC1Response
 from fastmem.data.views import CenterCrop, TenCrop
 from fastmem.errors import UsageError
+from fastmem.models.finite import Witness, expose
 from fastmem.models.layers import MLP, NO_CLASS, Blocks, Cache, Condition, ConditionsAhead, Modulation, modulate
 from fastmem.models.maskgit_vqgan import MaskGITVQGAN, MaskGITVQGANConfig
 from fastmem.models.model import Model, Sampling
@@ -203,7 +204,7 @@ class RAR(nn.Module):
 
     def head(self, x: Tensor, condition: Condition) -> Tensor:
         """Logits float32 [N, n, codebook] of the last block's output [N, n, width]."""
-        return self.lm_head(self.adaln_before_head(x, condition)).float()
+        return self.lm_head(self.adaln_before_head(expose(x), condition)).float()
 
     def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
         """Teacher-forced logits float32 [N,T,codebook] of image tokens int64 [N,T] under labels int64 [N]."""
@@ -242,7 +243,7 @@ class RAR(nn.Module):
         if with_logits:
             # position t+1 predicts token t; from the last one nothing is predicted
             logits = self.head(x[:, 1:-1], Condition(condition.values[:, 1:-1], condition.rows))
-        return Observation(torch.stack(responses, dim=1), logits)
+        return Observation(torch.stack(responses, dim=1), logits, x)
 
     def cache(self, rows: int) -> Cache:
         """An empty cache for the generation of ``rows`` images."""
@@ -347,8 +348,10 @@ class RARModel(Model):
         copies = 2 if guided else 1
         cache, conditions = network.cache(len(branches)), network.conditions_ahead(branches)
         x = network.embed_start(tokens[:, :done].repeat(copies, 1), branches)
+        witness = Witness()
         for step in range(done, total):
             logits = network.start(x, branches, cache) if step == done else network.step(x, conditions, cache)
+            witness.see(logits)
             if sampling is None:
                 chosen = logits.argmax(-1)
             else:
@@ -359,12 +362,14 @@ class RARModel(Model):
             # rows with a longer prefix keep their own token
             tokens[:, step] = torch.where(step < lengths, tokens[:, step], chosen)
             x = network.embed(tokens[:, step : step + 1].repeat(copies, 1), step + LEAD)
+        self.check("logits", witness, tokens, labels)
         return tokens
 
 
 def sample(logits: Tensor, sampling: Sampling) -> Tensor:
     """Draw tokens int64 [N] from logits float32 [N,V] at the preset's temperature."""
-    probabilities = (logits / sampling.preset.temperature).softmax(-1)
+    # on a GPU a draw from NaN ends the process; the caller refuses what was drawn from it
+    probabilities = (logits / sampling.preset.temperature).softmax(-1).nan_to_num(1.0)
     return torch.multinomial(probabilities, 1, generator=sampling.generator)[:, 0]
 
 

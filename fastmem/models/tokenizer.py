@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fastmem.errors import UsageError
+from fastmem.errors import InputFileError, UsageError
+from fastmem.models.finite import Witness, first_part
 
 # groups of every group norm, as in the official networks
 GROUPS = 32
@@ -112,11 +113,19 @@ class Tokenizer(nn.Module, ABC):
 
     @abstractmethod
     def encode(self, images: Tensor) -> Tensor:
-        """Tokens of pictures: float32 [N,3,R,R] in [0,1] to int64 [N,T]."""
+        """Tokens of pictures: float32 [N,3,R,R] in [0,1] to int64 [N,T].
+
+        Raises:
+            InputFileError: the weights give numbers that are not finite.
+        """
 
     @abstractmethod
     def decode(self, tokens: Tensor) -> Tensor:
-        """Pictures of tokens: int64 [N,T] to float32 [N,3,R,R], clamped to [0,1]."""
+        """Pictures of tokens: int64 [N,T] to float32 [N,3,R,R], clamped to [0,1].
+
+        Raises:
+            InputFileError: the weights give numbers that are not finite.
+        """
 
 
 class Quantizer(nn.Module, ABC):
@@ -139,14 +148,31 @@ class CodebookTokenizer(Tokenizer):
     quantize: Quantizer
 
     def encode(self, images: Tensor) -> Tensor:
-        return self.quantize(self.latents(images))
+        latents = self.latents(images)
+        tokens = self.quantize(latents)
+        # a code that is NaN is nearest to everything, and shows in the latents of the tokens
+        if not Witness().see(latents, self.quantize.latents(tokens)).holds():
+            raise self._wrong_numbers(
+                "latents of pictures", lambda: self.quantize.latents(self.quantize(self.latents(images)))
+            )
+        return tokens
 
     @abstractmethod
     def latents(self, images: Tensor) -> Tensor:
         """Latents of pictures before they are quantised: float32 [N,3,R,R] in [0,1] to float32 [N,Z,G,G]."""
 
     def decode(self, tokens: Tensor) -> Tensor:
-        return self.draw(tokens).clamp(0, 1)
+        pictures = self.draw(tokens)
+        if not Witness().see(pictures).holds():
+            raise self._wrong_numbers("pictures", lambda: self.draw(tokens))
+        return pictures.clamp(0, 1)
+
+    def _wrong_numbers(self, what: str, run: Callable[[], object]) -> InputFileError:
+        return InputFileError(
+            f"expected finite {what}, got NaN or numbers beyond 2^56 from the tokenizer, the first from "
+            f"{first_part([self], run) or 'its input'}: its weights are damaged or of another network, give the right "
+            "file with --tokenizer"
+        )
 
     def draw(self, tokens: Tensor) -> Tensor:
         """Pictures of tokens as ``decode`` gives them, but not clamped, for training."""

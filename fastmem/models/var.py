@@ -23,6 +23,7 @@ from fastmem.backends.plain import Span
 from fastmem.backends.select import FC1Response
 from fastmem.data.views import CenterCrop, RandomCrops
 from fastmem.errors import UsageError
+from fastmem.models.finite import Witness, expose
 from fastmem.models.layers import MLP, NO_CLASS, Blocks, Cache, Condition, Modulation, modulate
 from fastmem.models.model import Model, Sampling
 from fastmem.models.observation import Observation, Segment
@@ -292,7 +293,7 @@ class VAR(nn.Module):
 
     def logits(self, x: Tensor, condition: Condition) -> Tensor:
         """Logits float32 [N, n, codebook] of the last block's output [N, n, width]."""
-        return self.head(self.head_nm(x, condition)).float()
+        return self.head(self.head_nm(expose(x), condition)).float()
 
     def forward(self, inputs: Tensor, labels: Tensor) -> Tensor:
         """Teacher-forced logits float32 [N,T,codebook] for inputs [N,T-1,Z] of all scales but the first.
@@ -330,7 +331,7 @@ class VAR(nn.Module):
                 # nothing reads the last block's output: its MLP runs only where a span needs it
                 response = block.ffn.respond(inner, spans, fc1_response)
             responses.append(response)
-        return Observation(torch.stack(responses, dim=1), self.logits(x, condition) if with_logits else None)
+        return Observation(torch.stack(responses, dim=1), self.logits(x, condition) if with_logits else None, x)
 
     def cache(self, rows: int) -> Cache:
         """An empty cache for the generation of ``rows`` images."""
@@ -446,8 +447,10 @@ class VARModel(Model):
         cache = network.cache(len(branches))
         prefix = tokens[:, : self.bounds[done]]
         latents, inputs = quantize.latents(prefix), quantize.inputs(prefix, done + 1)
+        witness = Witness()
         for scale in range(done, last + 1):
             logits = network.step(inputs.repeat(2, 1, 1) if guided else inputs, branches, cache)
+            witness.see(logits)
             if sampling is None:
                 chosen = logits.argmax(-1)
             else:
@@ -460,6 +463,7 @@ class VARModel(Model):
             if scale < last:
                 latents = latents + quantize.spread(tokens[:, start:stop], scale)
                 inputs = quantize.pool(latents, scale + 1)
+        self.check("logits", witness, tokens, labels)
         return tokens
 
 
@@ -496,7 +500,8 @@ def sample(logits: Tensor, sampling: Sampling) -> Tensor:
         # the likeliest always stays
         dropped[..., -1] = False
         logits = logits.masked_fill(dropped.scatter(-1, order, dropped), -torch.inf)
-    probabilities = logits.softmax(-1)
+    # on a GPU a draw from NaN ends the process; the caller refuses what was drawn from it
+    probabilities = logits.softmax(-1).nan_to_num(1.0)
     return torch.multinomial(probabilities.flatten(0, 1), 1, generator=sampling.generator).view(probabilities.shape[:2])
 
 

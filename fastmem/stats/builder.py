@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastmem.data.manifest import FOLDS
+from fastmem.errors import UsageError
 from fastmem.stats.accumulators import LARGEST, ClassRow, ClassSummary, Fold, Shape
 from fastmem.stats.class_rows import ClassRows, write_rows
 from fastmem.stats.statistics import UnitStats, merge_folds
@@ -67,8 +68,10 @@ class StatsBuilder:
             label: the class of all its images.
             unit: its sums, for every fold.
 
-        Raises: UsageError where the rows of the class before cannot be written.
+        Raises: UsageError where a response of the work unit was infinite or NaN, which then changes nothing, or where
+        the rows of the class before cannot be written.
         """
+        self._check_finite(unit)
         if label != self.open_label:
             self._close_class()
             self.open_label = label
@@ -77,6 +80,17 @@ class StatsBuilder:
             if part.moments.count:
                 self.folds[i] = self.folds[i].merge(part)
                 self.open_rows[i] = self.open_rows[i].merge(part.to_row())
+
+    def _check_finite(self, unit: Sequence[Fold]) -> None:
+        """Refuse a work unit that has seen a response that is not finite, which its mean never loses again."""
+        means = torch.stack([fold.moments.mean for fold in unit])
+        if not means.numel() or bool(torch.stack(means.aminmax()).isfinite().all()):
+            return
+        fold, layer, segment, place = (~means.isfinite()).nonzero()[0].tolist()
+        raise UsageError(
+            f"expected finite responses, got a mean of {float(means[fold, layer, segment, place])} for unit {place} of "
+            f"block {layer} in segment {self.segments[segment]}: check the weights and the type they are in"
+        )
 
     def finish(self, origin: Mapping[str, Any] | None = None) -> UnitStats:
         """Close the open class and give the statistics of all images so far, on the CPU.
