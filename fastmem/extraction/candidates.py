@@ -8,9 +8,12 @@ Source: arXiv 2502.02514, section 5.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, TypedDict
 
+import msgspec
 import numpy as np
 import torch
 from torch import Tensor
@@ -20,7 +23,7 @@ from fastmem.data.manifest import Manifest
 from fastmem.data.sources import ImageSource
 from fastmem.data.views import to_unit_range
 from fastmem.errors import UsageError
-from fastmem.files import read_tensors, write_tensors
+from fastmem.files import check_tensors, read_tensors, write_tensors
 from fastmem.models.model import Model
 from fastmem.reporter import SILENT, Reporter
 from fastmem.runs.interruption import Interruption
@@ -155,6 +158,13 @@ def read_pictures(model: Model, source: ImageSource, manifest: Manifest, targets
     return torch.cat([torch.empty(0, 3, size, size), *(to_unit_range(batch.views[:, 0]) for batch in loaded)])
 
 
+class StateShape(TypedDict):
+    """The header of a pass that goes on: whose images, and how many of them are done."""
+
+    manifest: str
+    done: Annotated[int, msgspec.Meta(ge=0)]
+
+
 def collect_losses(
     model: Model,
     source: ImageSource,
@@ -164,6 +174,7 @@ def collect_losses(
     batch_size: int = BATCH_IMAGES,
     workers: int | None = None,
     cache: TokenCache | None = None,
+    owner: Mapping[str, str] | None = None,
     reporter: Reporter = SILENT,
 ) -> ImageLosses:
     """Return the loss and the candidate score of every image, computed on its centre view and saved to a file.
@@ -178,6 +189,7 @@ def collect_losses(
         batch_size: number of images in one forward pass.
         workers: number of processes that decode images; None chooses by cores and number of images.
         cache: where tokens are looked up and saved; None for no cache.
+        owner: entries that say which run and set the images are of, for the file.
         reporter: its ``advance`` is given the number of images done, and its ``note`` a sentence for a damaged file of
             the cache.
 
@@ -187,14 +199,17 @@ def collect_losses(
     losses, done = ImageLosses.zero(len(manifest), False), 0
     state = None if file is None else file.with_name(f"{file.stem}-state{file.suffix}")
     if state is not None and state.exists():
-        tensors, header = read_tensors(state, STATE_SCHEMA)
+        tensors, header = read_tensors(state, STATE_SCHEMA, StateShape, owner)
         if header["manifest"] == manifest.hash:
-            losses, done = ImageLosses.of(tensors), header["done"]
+            check_tensors(state, tensors, dict.fromkeys(("loss", "hits"), ("float32", (len(manifest),))))
+            losses, done = ImageLosses.of(tensors), min(header["done"], len(manifest))
             reporter.advance(done)
 
     def save() -> None:
         if state is not None:
-            write_tensors(state, losses.tensors(), STATE_SCHEMA, {"manifest": manifest.hash, "done": done})
+            write_tensors(
+                state, losses.tensors(), STATE_SCHEMA, {"manifest": manifest.hash, "done": done, **(owner or {})}
+            )
 
     batches = [np.arange(i, min(i + batch_size, len(manifest))) for i in range(done, len(manifest), batch_size)]
     saved = time.monotonic()
@@ -215,6 +230,6 @@ def collect_losses(
                 save()
                 saved = time.monotonic()
     if file is not None and state is not None:
-        losses.save(file, manifest.hash)
+        losses.save(file, manifest.hash, owner)
         state.unlink(missing_ok=True)
     return losses

@@ -164,8 +164,8 @@ def _check_range(layer: int, values: Tensor, factors: Tensor) -> None:
     if bool(lost.any()):
         factor = float(factors[lost.cpu()][0])
         raise UsageError(
-            f"expected a factor whose products stay finite in {str(values.dtype).removeprefix('torch.')}, got {factor:g}"
-            f" for a unit of block {layer}: take a smaller one"
+            f"expected a factor whose products stay finite in {str(values.dtype).removeprefix('torch.')}, got "
+            f"{factor:g} for a unit of block {layer}: take a smaller one"
         )
 
 

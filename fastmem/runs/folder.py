@@ -17,13 +17,17 @@ extractions/            what was found by each attempt to extract training image
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
+
+import msgspec
 
 from fastmem.errors import InputFileError, UsageError
 from fastmem.files import read_json, write_json
@@ -57,6 +61,35 @@ def default_folder(model: str) -> Path:
             ) from error
         else:
             return path
+
+
+class SettingsShape(TypedDict):
+    """The settings of a scoring pass in run.json that later stages use."""
+
+    views: int | str
+    segments: list[str]
+    activation: str
+    seed: Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
+
+
+class IdentityShape(TypedDict):
+    """What run.json says of a scored run."""
+
+    stage: str
+    model: str
+    checkpoint: str
+    tokenizer: str
+    dtype: str
+    device: str
+    backend: str
+    settings: SettingsShape
+    manifests: dict[str, str]
+
+
+def run_id(identity: Mapping[str, Any]) -> str:
+    """Return 16 hexadecimal digits that tell a run, by all of its inputs, from other runs; its files carry them."""
+    content = {key: value for key, value in identity.items() if key != "schema"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @contextmanager
@@ -102,18 +135,21 @@ class RunInputs:
     heldout_split: str | None = None
     token_cache: str | None = "auto"
 
-    def save(self, folder: RunFolder) -> None:
-        """Write these inputs to inputs.json in a run folder. Raises: UsageError where the folder cannot be written."""
-        write_json(folder.inputs_file, {"schema": INPUTS_SCHEMA, **asdict(self)})
+    def save(self, folder: RunFolder, run: str) -> None:
+        """Write these inputs to inputs.json in the folder of the run with the id ``run``.
+
+        Raises: UsageError where the folder cannot be written.
+        """
+        write_json(folder.inputs_file, {"schema": INPUTS_SCHEMA, "run": run, **asdict(self)})
 
     @classmethod
-    def load(cls, folder: RunFolder) -> RunInputs:
-        """Read the inputs from inputs.json in a run folder. Raises: InputFileError where it is missing or damaged."""
-        document = read_json(folder.inputs_file, INPUTS_SCHEMA)
-        known = {field.name: document[field.name] for field in fields(cls) if field.name in document}
-        if not isinstance(known.get("model"), str):
-            raise InputFileError(f"expected the name of a model in {folder.inputs_file}, got none: score again")
-        return cls(**known)
+    def load(cls, folder: RunFolder, run: str) -> RunInputs:
+        """Read the inputs from inputs.json in the folder of the run with the id ``run``.
+
+        Raises: InputFileError where the file is missing, is damaged or belongs to another run.
+        """
+        document = read_json(folder.inputs_file, INPUTS_SCHEMA, cls, {"run": run})
+        return cls(**{field.name: document[field.name] for field in fields(cls) if field.name in document})
 
 
 @dataclass(frozen=True)
@@ -183,13 +219,18 @@ class RunFolder:
         ``identity``; InputFileError where run.json is damaged.
         """
         if not self.identity_file.exists():
+            stray = next((path for path in (self.state_file, *self.path.glob("*.safetensors")) if path.exists()), None)
+            if stray is not None:
+                raise InputFileError(
+                    f"expected run.json beside {stray}, which belongs to a run, got none: choose another --out"
+                )
             return False
         if not resume:
             raise UsageError(
                 f"expected a new folder to write to, got {self.path}, which holds a run: continue it with --resume "
                 "or choose another --out"
             )
-        before = read_json(self.identity_file, RUN_SCHEMA)
+        before = self.identity()
         for key, value in identity.items():
             if before.get(key) != value:
                 raise UsageError(
@@ -197,6 +238,10 @@ class RunFolder:
                     f"{before.get(key)!r}: resume with the same options, or choose another --out"
                 )
         return True
+
+    def identity(self) -> dict[str, Any]:
+        """Return what run.json says. Raises: InputFileError where it is missing or damaged."""
+        return read_json(self.identity_file, RUN_SCHEMA)
 
     def start(self, identity: Mapping[str, Any]) -> None:
         """Create the folder and write ``identity``, the run's inputs, to run.json.

@@ -10,8 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastmem.errors import InputFileError
-from fastmem.files import read_tensors, write_tensors
+from fastmem.files import check_tensors, read_tensors, write_tensors
 
 SCHEMA = "fastmem.image-losses/1"
 
@@ -58,23 +57,22 @@ class ImageLosses:
         """Loss without a class minus loss with the class, float32 [N]: how much the class helps to predict."""
         return None if self.unconditional is None else self.unconditional - self.loss
 
-    def save(self, path: Path, manifest_hash: str) -> None:
+    def save(self, path: Path, manifest_hash: str, owner: Mapping[str, str] | None = None) -> None:
         """Write the losses to a safetensors file, with the hash of the manifest that orders the images.
+
+        ``owner`` says which run and set they are of.
 
         Raises: UsageError where the folder cannot be written.
         """
-        write_tensors(path, self.tensors(), SCHEMA, {"manifest": manifest_hash})
+        write_tensors(path, self.tensors(), SCHEMA, {"manifest": manifest_hash, **(owner or {})})
 
     @classmethod
-    def load(cls, path: Path, manifest_hash: str) -> ImageLosses:
+    def load(cls, path: Path, manifest_hash: str, owner: Mapping[str, str] | None = None) -> ImageLosses:
         """Read the losses of the images of a manifest, given by its hash, from a safetensors file.
 
         Raises: InputFileError where the file is missing or damaged, has another format or holds losses of other images.
         """
-        tensors, header = read_tensors(path, SCHEMA)
-        if header["manifest"] != manifest_hash:
-            raise InputFileError(
-                f"expected losses of the manifest {manifest_hash[:12]} in {path}, got {header['manifest'][:12]}: was "
-                "the file copied from another run?"
-            )
+        tensors, _ = read_tensors(path, SCHEMA, owner={"manifest": manifest_hash, **(owner or {})})
+        more = {name: ("float32", ("N",)) for name in tensors.keys() & {"unconditional"}}
+        check_tensors(path, tensors, {"loss": ("float32", ("N",)), "hits": ("float32", ("N",)), **more})
         return cls.of(tensors)

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from fastmem.data.views import Joined
 from fastmem.files import read_json, read_tensors, write_json, write_tensors
 from fastmem.models.model import Model
 from fastmem.reporter import SILENT, Reporter
-from fastmem.runs.folder import RunFolder, check_writable
+from fastmem.runs.folder import RunFolder, check_writable, run_id
 from fastmem.runs.interruption import Interruption
 from fastmem.scoring.class_order import check_class_order, check_labels
 from fastmem.scoring.image_losses import ImageLosses
@@ -42,6 +42,12 @@ SKIPPED_SCHEMA = "fastmem.skipped/1"
 UNIT_IMAGES = 64
 # progress is saved at this interval
 SAVE_SECONDS = 30.0
+
+
+class SkippedShape(TypedDict):
+    """The document of images that were left out."""
+
+    images: list[Skipped]
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,12 +181,13 @@ class _Scorer:
                 f"the images name {named} classes and the checkpoint has {known}: labels are taken as positions in the "
                 "images' class order, so a subset needs the checkpoint's whole order (--classes FILE)"
             )
-        goes_on = self.folder is not None and self.folder.check(self._identity(manifests), resume)
+        self.identity = self._identity(manifests)
+        goes_on = self.folder is not None and self.folder.check(self.identity, resume)
         tokens, self.cache = plan_tokens(self.cache, self.loaded, manifests, self.reporter.note)
         if check_classes and not goes_on:
             self._check_class_order(sets["train"], manifests["train"])
         if self.folder is not None and not goes_on:
-            self.folder.start(self._identity(manifests))
+            self.folder.start(self.identity)
         if self.folder is not None:
             for split, manifest in manifests.items():
                 manifest.save(self.folder.manifest_file(split))
@@ -239,6 +246,7 @@ class _Scorer:
 
     def _origin(self, split: str, manifest: Manifest) -> dict[str, Any]:
         return {
+            "run": run_id(self.identity),
             "set": split,
             "model": self.model.name,
             **self.model.fingerprint(),
@@ -247,6 +255,10 @@ class _Scorer:
             "activation": self.settings.activation,
             "seed": self.settings.seed,
         }
+
+    def _owner(self, split: str) -> dict[str, str]:
+        """Return the entries that the files of a set carry."""
+        return {"run": run_id(self.identity), "set": split}
 
     def _check_class_order(self, source: ImageSource, manifest: Manifest) -> None:
         losses = check_class_order(self.model, source, manifest, self.cache)
@@ -313,11 +325,13 @@ class _Scorer:
         """Score one set, or read its results; return its statistics and the number of images scored now."""
         folder = self.folder
         if folder is not None and folder.stats_file(split).exists():
-            self.skipped[split] = from_rows(read_json(folder.skipped_file(split), SKIPPED_SCHEMA)["images"])
+            self.skipped[split] = from_rows(
+                read_json(folder.skipped_file(split), SKIPPED_SCHEMA, SkippedShape, self._owner(split))["images"]
+            )
             if self.settings.per_image:
-                self.losses[split] = ImageLosses.load(folder.losses_file(split), manifest.hash)
+                self.losses[split] = ImageLosses.load(folder.losses_file(split), manifest.hash, self._owner(split))
             self.reporter.advance(len(manifest))
-            return UnitStats.load(folder.stats_file(split)), 0
+            return UnitStats.load(folder.stats_file(split), self._owner(split)), 0
         running = self._start_set(split, manifest)
         units = manifest.work_units(UNIT_IMAGES)
         before = units[running.units - 1].stop if running.units else 0
@@ -328,9 +342,12 @@ class _Scorer:
         if running.losses is not None:
             self.losses[split] = running.losses
         if folder is not None:
-            write_json(folder.skipped_file(split), {"schema": SKIPPED_SCHEMA, "images": as_rows(running.skipped)})
+            write_json(
+                folder.skipped_file(split),
+                {"schema": SKIPPED_SCHEMA, **self._owner(split), "images": as_rows(running.skipped)},
+            )
             if running.losses is not None:
-                running.losses.save(folder.losses_file(split), manifest.hash)
+                running.losses.save(folder.losses_file(split), manifest.hash, self._owner(split))
             stats.save(folder.stats_file(split))
         return stats, len(manifest) - before
 
@@ -338,26 +355,29 @@ class _Scorer:
         """Return the results so far for a set: those that were saved, or empty ones."""
         keep_rows = keeps_rows(self.settings, self.shape, manifest)
         rows_in = row_folder(self.folder.stats_file(split)) if self.folder is not None and keep_rows else None
-        builder = self._builder(keep_rows, rows_in)
+        builder = self._builder(split, keep_rows, rows_in)
         mask = self.matched if split == "train" and self.matched is not None and not self.matched.all() else None
         running = RunningSet(
             manifest,
             builder,
             mask,
-            None if mask is None else self._builder(False, None),
+            None if mask is None else self._builder(split, False, None),
             ImageLosses.zero(len(manifest), self.settings.unconditional) if self.settings.per_image else None,
             unit_update=self.backend.unit_update_,
         )
         if self.folder is not None and self.folder.state_file.exists():
-            tensors, header = read_tensors(self.folder.state_file, STATE_SCHEMA)
-            if header["set"] == split:
+            owner = {"run": run_id(self.identity)}
+            tensors, header = read_tensors(self.folder.state_file, STATE_SCHEMA, owner=owner)
+            if header.get("set") == split:
                 running.restore(tensors, header)
         return running
 
-    def _builder(self, keep_rows: bool, rows_in: Path | None) -> StatsBuilder:
+    def _builder(self, split: str, keep_rows: bool, rows_in: Path | None) -> StatsBuilder:
         names = [s.name for s in self.segments]
         class_only = [s.name for s in self.segments if s.class_only]
-        return StatsBuilder(self.shape, names, class_only, keep_rows, rows_in, device=self.model.device)
+        return StatsBuilder(
+            self.shape, names, class_only, keep_rows, rows_in, device=self.model.device, owner=self._owner(split)
+        )
 
     def _score_units(self, split: str, source: ImageSource, running: RunningSet, units: list[WorkUnit]) -> None:
         """Score the work units that are not finished yet, in order, and add them to the results."""
@@ -388,7 +408,7 @@ class _Scorer:
         if self.folder is None:
             return
         tensors, header = running.state()
-        write_tensors(self.folder.state_file, tensors, STATE_SCHEMA, header | {"set": split})
+        write_tensors(self.folder.state_file, tensors, STATE_SCHEMA, header | self._owner(split))
         self.saved = time.monotonic()
 
 

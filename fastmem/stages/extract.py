@@ -224,6 +224,7 @@ def candidate_scores(run: OpenedRun, workers: int | None = None, reporter: Repor
                 run.folder.losses_file(split),
                 workers=workers,
                 cache=run.cache,
+                owner=run.owner(split),
                 reporter=reporter,
             )
     return {split: losses.hits for split in run.manifests if (losses := run.losses(split)) is not None}

@@ -15,13 +15,13 @@ import numpy as np
 from fastmem.data.manifest import Manifest
 from fastmem.data.sources import EMBEDDED, IN_MEMORY, ImageSource, embedded_source, open_source
 from fastmem.errors import InputFileError, UsageError
-from fastmem.files import read_json
+from fastmem.files import check_owner, read_json
 from fastmem.mitigation.edit_file import EditPlan, load_edit
 from fastmem.models.checkpoints import load_model
 from fastmem.models.model import Model
 from fastmem.models.registry import entries, find_entry
 from fastmem.reporter import SILENT, Reporter
-from fastmem.runs.folder import RUN_SCHEMA, RunFolder, RunInputs
+from fastmem.runs.folder import RUN_SCHEMA, IdentityShape, RunFolder, RunInputs, run_id
 from fastmem.scoring.image_losses import ImageLosses
 from fastmem.stats import UnitStats
 from fastmem.tokens.cache import TokenCache
@@ -64,12 +64,14 @@ class OpenedRun:
     @cached_property
     def train(self) -> UnitStats:
         """Statistics of the training images. Raises: InputFileError where the file is missing or damaged."""
-        return UnitStats.load(self.folder.stats_file("train"))
+        return UnitStats.load(self.folder.stats_file("train"), self.owner("train"))
 
     @cached_property
     def heldout(self) -> UnitStats | None:
         """Statistics of the held-out images; None without such a set. Raises: as ``train``."""
-        return UnitStats.load(self.folder.stats_file("heldout")) if "heldout" in self.manifests else None
+        if "heldout" not in self.manifests:
+            return None
+        return UnitStats.load(self.folder.stats_file("heldout"), self.owner("heldout"))
 
     def stats(self) -> dict[str, UnitStats]:
         """Statistics by set."""
@@ -78,7 +80,11 @@ class OpenedRun:
     def losses(self, split: str = "train") -> ImageLosses | None:
         """Losses and hits of a set's images; None where the pass kept none."""
         file = self.folder.losses_file(split)
-        return ImageLosses.load(file, self.manifests[split].hash) if file.exists() else None
+        return ImageLosses.load(file, self.manifests[split].hash, self.owner(split)) if file.exists() else None
+
+    def owner(self, split: str) -> dict[str, str]:
+        """Entries that the files of a set carry, by which those of another run are told."""
+        return {"run": run_id(self.identity), "set": split}
 
     def weights(self) -> dict[str, str]:
         """What tells the model's weights, as they are now, from others'; JSON values."""
@@ -166,7 +172,7 @@ def open_run(
     folder = RunFolder(Path(path))
     if not folder.identity_file.exists():
         raise InputFileError(f"expected the folder of a scored run at {path}, got no run.json there: check --run")
-    identity = read_json(folder.identity_file, RUN_SCHEMA)
+    identity = read_json(folder.identity_file, RUN_SCHEMA, IdentityShape)
     splits = list(identity["manifests"])
     unfinished = [split for split in splits if not folder.stats_file(split).exists()]
     if unfinished or not folder.inputs_file.exists():
@@ -174,7 +180,7 @@ def open_run(
             f"expected a finished run in {path}, got one without {unfinished[0] if unfinished else 'inputs'}: finish "
             "it with `fastmem score` and --resume"
         )
-    inputs = RunInputs.load(folder)
+    inputs = RunInputs.load(folder, run_id(identity))
     if model is None:
         if inputs.model not in entries():
             raise UsageError(
@@ -190,6 +196,10 @@ def open_run(
         )
     _check_weights(folder.path, identity, model, reporter)
     manifests = {split: Manifest.load(folder.manifest_file(split)) for split in splits}
+    for split, manifest in manifests.items():
+        check_owner(
+            {"manifest": manifest.hash}, folder.manifest_file(split), {"manifest": identity["manifests"][split]}
+        )
     given = {"train": data, "heldout": heldout}
     sources = {
         split: _open_again(inputs, split, given[split], classes or inputs.classes or manifest.classes)

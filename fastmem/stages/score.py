@@ -14,7 +14,7 @@ from fastmem.data.sources import ImageSource
 from fastmem.models.model import Model
 from fastmem.report.score_report import ScoreFindings, write_report
 from fastmem.reporter import SILENT, Reporter
-from fastmem.runs.folder import RunFolder, RunInputs
+from fastmem.runs.folder import RunFolder, RunInputs, run_id
 from fastmem.runs.owner import owned
 from fastmem.scoring.score import ScoreResult, score_images
 from fastmem.scoring.settings import BATCH_VIEWS, ScoreSettings
@@ -123,7 +123,7 @@ def score(
             return found
         check_readable(source, len(found.skipped), found.train.count, next(iter(found.skipped), None))
         folder = RunFolder(Path(out))
-        _inputs(model, source, heldout, token_cache).save(folder)
+        _inputs(model, source, heldout, token_cache).save(folder, run_id(folder.identity()))
         document, findings = write_report(model, source, folder, found, settings, pictures)
         return ScoredRun(
             **{f.name: getattr(found, f.name) for f in fields(found)}, findings=findings, document=document

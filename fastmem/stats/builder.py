@@ -34,6 +34,7 @@ class StatsBuilder:
         rows_in: Path | None = None,
         k: int = LARGEST,
         device: torch.device | str = "cpu",
+        owner: Mapping[str, Any] | None = None,
     ) -> None:
         """Start without images.
 
@@ -45,10 +46,11 @@ class StatsBuilder:
             rows_in: the folder that the rows of closed classes are written into; None keeps them in memory.
             k: how many of the largest responses of every unit are kept.
             device: where the sums are kept and the responses come from.
+            owner: entries of ``finish``'s origin that the files of rows carry, the run and the set; None for none.
         """
         self.shape, self.device, self.k = shape, device, k
         self.segments, self.class_only = tuple(segments), tuple(class_only)
-        self.keep_rows, self.rows_in = keep_rows, rows_in
+        self.keep_rows, self.rows_in, self.owner = keep_rows, rows_in, owner
         self.folds = [Fold.zero(shape, k, device) for _ in range(FOLDS)]
         self.class_counts: list[dict[int, int]] = [{} for _ in range(FOLDS)]
         # of the whole, then of each fold
@@ -112,7 +114,7 @@ class StatsBuilder:
 
     def _rows(self, counts: Mapping[int, int], fold: int) -> ClassRows:
         if self.rows_in is not None:
-            return ClassRows.of_files(counts, self.rows_in, fold)
+            return ClassRows.of_files(counts, self.rows_in, fold, self.owner)
         return ClassRows(counts, partial(self._read_memory, fold))
 
     def _read_memory(self, fold: int, label: int) -> ClassRow:
@@ -129,7 +131,7 @@ class StatsBuilder:
         self.summaries[0] = self.summaries[0].update(reduce(ClassRow.merge, rows))
         if self.keep_rows and any(row.moments.count for row in rows):
             if self.rows_in is not None:
-                write_rows(self.rows_in, label, rows)
+                write_rows(self.rows_in, label, rows, self.owner)
             else:
                 self.memory_rows[label] = [row.to("cpu") for row in rows]
         self.open_label, self.open_rows = None, []

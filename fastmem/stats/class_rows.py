@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
 from pathlib import Path
+from typing import Annotated, Any, TypedDict
 
+import msgspec
 import torch
 
 from fastmem.errors import InputFileError
@@ -15,6 +17,13 @@ from fastmem.files import read_tensors, write_tensors
 from fastmem.stats.accumulators import ClassRow
 
 ROW_SCHEMA = "fastmem.class-row/2"
+
+
+class RowShape(TypedDict):
+    """The header of a class's file; ``counts`` has the number of images of every fold."""
+
+    label: int
+    counts: list[Annotated[int, msgspec.Meta(ge=0)]]
 
 
 @dataclass(frozen=True)
@@ -34,15 +43,18 @@ class ClassRows:
     folder: Path | None = None
 
     @classmethod
-    def of_files(cls, counts: Mapping[int, int], folder: Path, fold: int) -> ClassRows:
+    def of_files(
+        cls, counts: Mapping[int, int], folder: Path, fold: int, owner: Mapping[str, Any] | None = None
+    ) -> ClassRows:
         """The rows of one fold that ``write_rows`` wrote into ``folder``.
 
         Args:
             counts: number of the fold's images of each class, by its label.
             folder: where the files lie.
             fold: the fold's number, from 0.
+            owner: entries that the files must have, as `owner_of` gives them.
         """
-        return cls(counts, partial(read_row, folder, fold), folder)
+        return cls(counts, partial(read_row, folder, fold, owner=owner or {}), folder)
 
     def __iter__(self) -> Iterator[ClassRow]:
         return (self.read(label) for label in sorted(self.counts))
@@ -62,40 +74,52 @@ def row_folder(path: Path) -> Path:
     return path.with_name(path.stem + ".classes").absolute()
 
 
-def write_rows(folder: Path, label: int, rows: Sequence[ClassRow]) -> None:
+def owner_of(origin: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the entries of an origin that class rows carry: the run and the set that they are of."""
+    return {key: value for key, value in (origin or {}).items() if key in ("run", "set")}
+
+
+def write_rows(folder: Path, label: int, rows: Sequence[ClassRow], owner: Mapping[str, Any] | None = None) -> None:
     """Write the rows of one class as ``class-LABEL.safetensors``.
 
     Args:
         folder: where the file goes; made where it is missing.
         label: the class.
         rows: the row of each fold, in order; one without images for a fold that lacks the class.
+        owner: entries that say what the rows are of, as `owner_of` gives them.
 
     Raises: UsageError where the file cannot be written.
     """
     parts = [row.to_tensors() for row in rows]
     tensors = {name: torch.stack([part[name] for part in parts]) for name in parts[0]}
-    header = {"label": label, "counts": [row.moments.count for row in rows]}
+    header = {**(owner or {}), "label": label, "counts": [row.moments.count for row in rows]}
     write_tensors(_row_file(folder, label), tensors, ROW_SCHEMA, header)
 
 
-def read_row(folder: Path, fold: int, label: int) -> ClassRow:
+def read_row(folder: Path, fold: int, label: int, owner: Mapping[str, Any] | None = None) -> ClassRow:
     """Read the row of one class in one fold from a file that ``write_rows`` wrote.
 
     Args:
         folder: where the file lies.
         fold: the fold's number, from 0.
         label: the class.
+        owner: entries that the file must have, as `owner_of` gives them.
 
-    Raises: InputFileError for a missing, damaged or foreign file.
+    Raises: InputFileError for a missing, damaged or foreign file, or one of another run.
     """
     path = _row_file(folder, label)
-    tensors, header = read_tensors(path, ROW_SCHEMA)
+    tensors, header = read_tensors(path, ROW_SCHEMA, RowShape, owner)
     if header["label"] != label or not fold < len(header["counts"]):
         raise InputFileError(
             f"expected the row of class {label}, fold {fold} in {path}, got class {header['label']} with "
             f"{len(header['counts'])} folds: were the files renamed?"
         )
-    return ClassRow.from_tensors({name: tensor[fold] for name, tensor in tensors.items()}, header["counts"][fold])
+    try:
+        return ClassRow.from_tensors({name: tensor[fold] for name, tensor in tensors.items()}, header["counts"][fold])
+    except (KeyError, IndexError, RuntimeError) as error:
+        raise InputFileError(
+            f"expected a whole class row in {path}, got a damaged one ({error}): score again"
+        ) from error
 
 
 def _row_file(folder: Path, label: int) -> Path:

@@ -7,15 +7,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
+import msgspec
 import torch
 from torch import Tensor
 
-from fastmem.errors import UsageError
-from fastmem.files import read_tensors, write_tensors
+from fastmem.errors import InputFileError, UsageError
+from fastmem.files import check_owner, read_tensors, write_tensors
 from fastmem.stats.accumulators import ClassRow, ClassSummary, Fold, Shape, contrast
-from fastmem.stats.class_rows import ClassRows, row_folder, write_rows
+from fastmem.stats.class_rows import ClassRows, owner_of, row_folder, write_rows
 
 SCHEMA = "fastmem.unit-stats/2"
 # tensors of the matched set have names that begin with this
@@ -211,18 +212,25 @@ class UnitStats:
         write_tensors(path, tensors, SCHEMA, header)
 
     @staticmethod
-    def load(path: str | Path) -> UnitStats:
+    def load(path: str | Path, owner: Mapping[str, Any] | None = None) -> UnitStats:
         """Read the statistics from a file that ``save`` wrote.
+
+        Args:
+            path: the file.
+            owner: entries of ``origin`` that it must have, such as the run's; None takes the file as it is.
 
         Raises: InputFileError for a missing, damaged or foreign file.
         """
         path = Path(path)
-        tensors, header = read_tensors(path, SCHEMA)
-        common = {key: header[key] for key in ("segments", "class_only", "origin")}
-        stats = _unpack(tensors, header | common, "", row_folder(path) if header["class_rows"] else None)
-        if "matched" not in header:
-            return stats
-        return replace(stats, matched=_unpack(tensors, header["matched"] | common, MATCHED, None))
+        tensors, header = read_tensors(path, SCHEMA, HeaderShape)
+        check_owner(header["origin"], path, owner)
+        _check_counts(path, header)
+        try:
+            return _read_stats(tensors, header, path)
+        except (KeyError, ValueError, RuntimeError, TypeError) as error:
+            raise InputFileError(
+                f"expected whole statistics ({SCHEMA}) in {path}, got damaged ones ({error}): score again"
+            ) from error
 
     def _merge_flat(self, other: UnitStats) -> UnitStats:
         return UnitStats(
@@ -283,6 +291,48 @@ def _pack(stats: UnitStats, prefix: str) -> tuple[dict[str, Tensor], dict[str, A
     return {name: tensor.clone() for name, tensor in tensors.items()}, header
 
 
+class PartShape(TypedDict):
+    """What a header says of one set of statistics; every list has an entry for each fold."""
+
+    counts: list[Annotated[int, msgspec.Meta(ge=0)]]
+    class_counts: list[dict[Annotated[str, msgspec.Meta(pattern=r"^\d{1,18}$")], Annotated[int, msgspec.Meta(ge=0)]]]
+    summaries: list[Annotated[int, msgspec.Meta(ge=0)] | None]
+
+
+class MatchedShape(TypedDict, total=False):
+    """The part of a header that only some files have."""
+
+    matched: PartShape
+
+
+class HeaderShape(PartShape, MatchedShape):
+    """The header of a file of statistics."""
+
+    segments: list[str]
+    class_only: list[str]
+    class_rows: bool
+    origin: dict[str, Any]
+
+
+def _check_counts(path: Path, header: Mapping[str, Any]) -> None:
+    """Check that the numbers of a header fit each other. Raises: InputFileError where they do not."""
+    for part in (header, header.get("matched")):
+        if part is None:
+            continue
+        folds = len(part["counts"])
+        alike = folds == len(part["class_counts"]) == len(part["summaries"]) - 1
+        if not folds or not alike or [sum(c.values()) for c in part["class_counts"]] != part["counts"]:
+            raise InputFileError(f"expected counts of images that fit each other in {path}, got others: score again")
+
+
+def _read_stats(tensors: Mapping[str, Tensor], header: Mapping[str, Any], path: Path) -> UnitStats:
+    common = {key: header[key] for key in ("segments", "class_only", "origin")}
+    stats = _unpack(tensors, {**header, **common}, "", row_folder(path) if header["class_rows"] else None)
+    if "matched" not in header:
+        return stats
+    return replace(stats, matched=_unpack(tensors, {**header["matched"], **common}, MATCHED, None))
+
+
 def _unpack(tensors: Mapping[str, Tensor], header: Mapping[str, Any], prefix: str, rows: Path | None) -> UnitStats:
     """The statistics that ``_pack`` took apart, with their class rows in the folder ``rows``."""
 
@@ -298,7 +348,7 @@ def _unpack(tensors: Mapping[str, Tensor], header: Mapping[str, Any], prefix: st
                 tuple(header["segments"]),
                 tuple(header["class_only"]),
                 class_counts,
-                None if rows is None else ClassRows.of_files(class_counts, rows, i),
+                None if rows is None else ClassRows.of_files(class_counts, rows, i, owner_of(header["origin"])),
                 summary(f"fold{i}", header["summaries"][i + 1]),
                 origin=header["origin"],
             )

@@ -15,7 +15,7 @@ from PIL import Image
 
 from fastmem.errors import InputFileError, UsageError
 from fastmem.reporter import Reporter
-from fastmem.runs.folder import RunFolder, RunInputs
+from fastmem.runs.folder import RunFolder, RunInputs, run_id
 from fastmem.stages.opened_run import open_run
 from tests.conftest import random_images, run, write_folder
 
@@ -102,7 +102,7 @@ def test_a_run_is_opened_where_it_lies(tiny_run, tmp_path):
     assert opened.model.name == "rar-tiny"
     assert opened.model.fingerprint() == {part: opened.identity[part] for part in ("checkpoint", "tokenizer")}
     assert opened.train.count == opened.heldout.count == 8
-    assert Path(RunInputs.load(RunFolder(tiny_run)).data).is_absolute()
+    assert Path(RunInputs.load(RunFolder(tiny_run), run_id(RunFolder(tiny_run).identity())).data).is_absolute()
     moved = tmp_path / "run"
     moved.mkdir()
     for file in tiny_run.iterdir():
@@ -186,7 +186,7 @@ def test_a_killed_extraction_resumes_to_the_same_bytes(tiny_run, tmp_path):
 
 def test_inputs_that_are_missing_are_named(tmp_path):
     with pytest.raises(InputFileError, match="inputs.json"):
-        RunInputs.load(RunFolder(tmp_path))
+        RunInputs.load(RunFolder(tmp_path), "a run")
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="expected to be able to write"):
         RunInputs("rar-tiny").save(RunFolder(tmp_path / "file"))
