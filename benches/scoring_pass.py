@@ -17,11 +17,18 @@ class ScoringPass:
     """Called, it runs the teacher-forced pass over views of one image and folds the responses into statistics.
 
     network: RAR with tokens int64 [V,T], or VAR with the inputs float32 [V,L-1,C] of its scales; labels: int64 [V];
-    spans: (start, stop) pairs of positions.
+    spans: (start, stop) pairs of positions; checked: look for numbers that are not finite, as a model does.
     """
 
-    def __init__(self, network: RAR | VAR, given: Tensor, labels: Tensor, spans: Sequence[tuple[int, int]]) -> None:
-        self.network, self.given, self.labels, self.spans = network, given, labels, spans
+    def __init__(
+        self,
+        network: RAR | VAR,
+        given: Tensor,
+        labels: Tensor,
+        spans: Sequence[tuple[int, int]],
+        checked: bool = True,
+    ) -> None:
+        self.network, self.given, self.labels, self.spans, self.checked = network, given, labels, spans, checked
         self.backend = choose_backend("auto", torch.device("cpu"))
         shape = self.responses().shape[1:]
         self.fold = Fold.zero(tuple(shape))
@@ -29,9 +36,10 @@ class ScoringPass:
     @torch.inference_mode()
     def responses(self) -> Tensor:
         """float32 [V,layers,spans,units]."""
-        return self.network.observe(
-            self.given, self.labels, self.spans, self.backend.fc1_response, with_logits=False
-        ).responses
+        seen = self.network.observe(self.given, self.labels, self.spans, self.backend.fc1_response, with_logits=False)
+        if self.checked and not seen.is_finite():
+            raise SystemExit("expected finite numbers from the network that is measured, got others: mend the bench")
+        return seen.responses
 
     @torch.inference_mode()
     def __call__(self) -> None:

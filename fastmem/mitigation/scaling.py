@@ -132,8 +132,9 @@ def scale_units(model: Model, selection: Units, factor: float | Tensor = 0.5) ->
     weights = {at: model.fc1_layers[at].weight for at in layer.unique().tolist()}
     rows = {at: unit[layer == at] for at in weights}
     saved = {at: (rows[at], weight[rows[at].to(weight.device)]) for at, weight in weights.items()}
-    for at, (_, values) in saved.items():
-        _check_range(at, values, factors[layer == at])
+    if len(factors) and float(factors.abs().max()) > 1:
+        for at, (_, values) in saved.items():
+            _check_range(at, values, factors[layer == at])
     known = model.exchange_fingerprint({})
     edit = Edit(model, layer, unit, factors, saved, known)
     if len(factors) and bool((factors == factors[0]).all()):
@@ -162,10 +163,10 @@ def _check_range(layer: int, values: Tensor, factors: Tensor) -> None:
     """Refuse factors by which finite weights become infinite in their type."""
     lost = (values.isfinite() & ~_scaled(values, factors).isfinite()).any(1)
     if bool(lost.any()):
-        factor = float(factors[lost.cpu()][0])
+        dtype = str(values.dtype).removeprefix("torch.")
         raise UsageError(
-            f"expected a factor whose products stay finite in {str(values.dtype).removeprefix('torch.')}, got "
-            f"{factor:g} for a unit of block {layer}: take a smaller one"
+            f"expected a factor whose products stay finite in {dtype}, got {float(factors[lost.cpu()][0]):g} for a "
+            f"unit of block {layer}: take a smaller one"
         )
 
 
