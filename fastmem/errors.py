@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fastmem.reporter import printable
+
 
 class FastmemError(Exception):
     """Base class of every error that fastmem raises on purpose.
@@ -10,6 +12,10 @@ class FastmemError(Exception):
     """
 
     exit_code = 2
+
+    def __str__(self) -> str:
+        # names of files and classes stand in messages, and may hold anything
+        return printable(super().__str__())
 
 
 class UsageError(FastmemError):

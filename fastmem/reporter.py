@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -53,6 +54,27 @@ class Reporter:
 
 
 SILENT = Reporter()
+
+# control characters, those that only change how others are shown, halves of characters, and ends of lines
+UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")
+# many scripts are written with these two
+JOINERS = "\u200c\u200d"
+
+
+def printable(text: str) -> str:
+    r"""The text on one line, with an escape such as ``\n`` or ``\u202e`` for what would act, not show."""
+    return "".join(map(printable_character, text))
+
+
+def printable_character(character: str) -> str:
+    """The character itself, or its escape where it would act, not show."""
+    acts = unicodedata.category(character) in UNSEEN and character not in JOINERS
+    return escape(character) if acts else character
+
+
+def escape(character: str) -> str:
+    r"""The character as Python writes it in a string of ASCII, such as ``\x1b`` or ``\u732b``."""
+    return character.encode("ascii", "backslashreplace").decode() if ord(character) > 127 else repr(character)[1:-1]
 
 
 def count_of(number: int, thing: str) -> str:

@@ -13,6 +13,7 @@ from importlib import import_module
 import click
 
 from fastmem import __version__
+from fastmem.cli.streams import on_prepared_streams
 from fastmem.errors import FastmemError
 from fastmem.runs.interruption import Stopped, stopping
 
@@ -64,6 +65,7 @@ def cli() -> None:
     """Finds memorised training images in image autoregressive models, and the single units that hold them."""
 
 
+@on_prepared_streams
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line and exit.
 

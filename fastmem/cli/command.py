@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 import click
 
+from fastmem.reporter import printable
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 GENERAL = "Options"
 # kinds of whole numbers
@@ -33,6 +35,12 @@ class GroupedCommand(click.Command):
     def __init__(self, *arguments: Any, examples: Sequence[str] = (), **settings: Any) -> None:
         super().__init__(*arguments, **settings)
         self.examples = tuple(examples)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.UsageError as error:
+            raise click.UsageError(printable(error.format_message()), ctx) from error
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         if self.examples:

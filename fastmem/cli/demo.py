@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import click
-
 from fastmem.cli.command import GENERAL, option
 from fastmem.cli.command import command as make_command
+from fastmem.cli.options import tell
 from fastmem.cli.progress import terminal_reporter
 from fastmem.cli.score import print_score
 from fastmem.demo.controls import format_membership, format_ownership
@@ -32,9 +31,9 @@ def command(model: str | None, full: bool, out: str | None) -> None:
     print_score(found.scored.document, found.scored.findings, as_json=False)
     if found.extracted is None:
         return
-    click.echo(f"\nGenerated from the first eighth of every image's tokens:\n\n{format_table(found.known)}")
-    click.echo(f"\nMembership inference against held-out images:\n\n{format_membership(found.membership)}")
-    click.echo(f"\n{format_ownership(found.owned)}")
+    tell("", "Generated from the first eighth of every image's tokens:", "", *format_table(found.known).split("\n"))
+    tell("", "Membership inference against held-out images:", "", *format_membership(found.membership).split("\n"))
+    tell("", *format_ownership(found.owned).split("\n"))
     extracted = found.extracted
-    click.echo(f"\nExtracted when every image is tried, by {extracted.judge} above {extracted.threshold}:\n")
-    click.echo(f"{format_extraction(extracted.counts, extracted.prefixes)}\n\n{extracted.picture}")
+    tell("", f"Extracted when every image is tried, by {extracted.judge} above {extracted.threshold}:", "")
+    tell(*format_extraction(extracted.counts, extracted.prefixes).split("\n"), "", extracted.picture)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from importlib import metadata
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
-import click
-
 from fastmem.cli.command import command as make_command
-from fastmem.cli.options import JSON, print_json
+from fastmem.cli.options import JSON, print_json, tell
+from fastmem.errors import UsageError
 from fastmem.home import home
 from fastmem.models.registry import entries
 
@@ -25,10 +25,10 @@ def command(as_json: bool) -> None:
         return
     for key, value in report.items():
         if key != "problems":
-            click.echo(f"{key:<10}{value if value not in (None, [], '') else 'none'}")
-    click.echo("\nno problems found" if not report["problems"] else "")
+            tell(f"{key:<10}{value if value not in (None, [], '') else 'none'}")
+    tell("", *([] if report["problems"] else ["no problems found"]))
     for problem in report["problems"]:
-        click.echo(f"! {problem}")
+        tell(f"! {problem}")
 
 
 def examine() -> dict[str, Any]:
@@ -44,8 +44,15 @@ def examine() -> dict[str, Any]:
     device = resolve_device("auto")
     status = native.status()
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    missing = [entry.name for entry in entries().values() if not entry.generator_file.path.is_file()]
     problems = []
+    try:
+        folder: Path | None = home()
+        missing = [entry.name for entry in entries().values() if not os.path.isfile(entry.generator_file.path)]
+        if missing:
+            problems.append(f"no weights in {folder} for {', '.join(missing)}: `fastmem fetch --model NAME` gets them")
+    except UsageError as error:
+        folder = None
+        problems.append(str(error))
     if status.reason:
         problems.append(f"native operators: {status.reason}")
     if not gpus:
@@ -58,8 +65,6 @@ def examine() -> dict[str, Any]:
         problems.append(reason)
     if _faiss() is None:
         problems.append("no faiss: `fastmem index` needs it, install faiss-gpu or faiss-cpu")
-    if missing:
-        problems.append(f"no weights in {home()} for {', '.join(missing)}: `fastmem fetch --model NAME` gets them")
     return {
         "torch": torch.__version__,
         "triton": _version("triton") if find_spec("triton") else None,
@@ -72,7 +77,7 @@ def examine() -> dict[str, Any]:
         "inception": str(inception) if inception is not None else None,
         "backend": choose_backend("auto", device).name,
         "device": str(device),
-        "home": str(home()),
+        "home": None if folder is None else str(folder),
         "problems": problems,
     }
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import click
-
 from fastmem.cli.command import FROM_1, option
 from fastmem.cli.command import command as make_command
 from fastmem.cli.options import (
@@ -20,6 +18,7 @@ from fastmem.cli.options import (
     run_options,
     sampling_options,
     sscd_options,
+    tell,
 )
 from fastmem.cli.progress import terminal_reporter
 from fastmem.quality.inception import fetch_inception
@@ -103,9 +102,10 @@ def command(
 def print_evaluation(document: Mapping[str, Any]) -> None:
     """The evaluation in words."""
     features = ", ".join(document["features"]) or "no features"
-    click.echo(
+    tell(
         f"{document['edit'] or 'unedited'}: {document['samples']:,} samples by {features}, against "
-        f"{document['reference'] or 'nothing'}\n"
+        f"{document['reference'] or 'nothing'}",
+        "",
     )
     metrics = document["metrics"]
     for name, value in metrics.items():
@@ -113,8 +113,8 @@ def print_evaluation(document: Mapping[str, Any]) -> None:
             continue
         ends = [metrics.get(f"{name}{end}") for end in ("-low", "-high")]
         interval = "" if None in ends else f"  ({ends[0]:.6g} to {ends[1]:.6g})"
-        click.echo(f"{name:<26}{value:>12.6g}{interval}")
+        tell(f"{name:<26}{value:>12.6g}{interval}")
     for note in document["notes"]:
-        click.echo(note)
+        tell(note)
     for path in document.get("pictures", ()):
-        click.echo(path)
+        tell(path)

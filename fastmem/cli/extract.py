@@ -23,6 +23,7 @@ from fastmem.cli.options import (
     run_options,
     say,
     sscd_options,
+    tell,
 )
 from fastmem.cli.progress import terminal_reporter
 from fastmem.errors import UsageError
@@ -100,11 +101,12 @@ def parse_prefixes(text: str) -> tuple[int, ...]:
 
 def print_extraction(document: Mapping[str, Any]) -> None:
     """The extraction in words."""
-    click.echo(
+    tell(
         f"{document['candidates']:,} candidates and {document['heldout_candidates']:,} held-out ones, extracted above "
-        f"{document['threshold']} by {document['embedder']}\n"
+        f"{document['threshold']} by {document['embedder']}",
+        "",
     )
-    click.echo(
+    tell(
         f"{'prefix':>6}  {'extracted':<28}{'distinct':>8}{'of the image':>14}  {'held-out':<28}{'1 % false alarms':>18}"
     )
     for prefix in map(str, document["prefixes"]):
@@ -113,18 +115,18 @@ def print_extraction(document: Mapping[str, Any]) -> None:
         original = document["extracted_original"][prefix]
         threshold, at = document["false_alarm_threshold"][prefix], document["extracted_at_false_alarms"][prefix]
         alarms = "-" if threshold is None else f"{at} above {threshold:.3f}"
-        click.echo(
+        tell(
             f"{prefix:>6}  {own!s:<28}{document['extracted_distinct'][prefix]:>8}"
             f"{'-' if original is None else original:>14}  {other!s:<28}{alarms:>18}"
         )
     if document["ceiling"] is not None:
-        click.echo(f"\nceiling: the reconstructions of {document['ceiling']} candidates pass against their own images")
+        tell("", f"ceiling: the reconstructions of {document['ceiling']} candidates pass against their own images")
     for by, found in document["associations"].items():
         odds = "none" if found["odds_ratio"] is None else f"{found['odds_ratio']:.2f}"
         ends = ["infinite" if found[end] is None else f"{found[end]:.2f}" for end in ("low", "high")]
-        click.echo(
+        tell(
             f"owners of the top 5 % by {by}: {found['owners_extracted']} of {found['owners']} extracted, others "
             f"{found['others_extracted']} of {found['others']}; odds ratio {odds} ({ends[0]} to {ends[1]})"
         )
     for path in (*document["tables"], *document["pictures"]):
-        click.echo(path)
+        tell(path)

@@ -7,11 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import click
-
 from fastmem.cli.command import FROM_0, FROM_1, option
 from fastmem.cli.command import command as make_command
-from fastmem.cli.options import DEVICE, IMAGES, JSON, RESUME, WORK, WORKERS, print_document, say, sscd_options
+from fastmem.cli.options import DEVICE, IMAGES, JSON, RESUME, WORK, WORKERS, print_document, say, sscd_options, tell
 from fastmem.cli.progress import terminal_reporter
 from fastmem.data.sources import ImageSource, embedded_source, open_source
 from fastmem.errors import UsageError
@@ -99,9 +97,9 @@ def print_index(document: Mapping[str, Any]) -> None:
         file = Path(document["index"]) / "index.json"
         say(f"skipped {document['skipped'] - PRINTED_SKIPPED} more; all are named in {file}")
     recall = "exact" if document["effort"] == 0 else f"recall {document['recall']:.3f} of the 10 nearest others"
-    click.echo(
+    tell(
         f"{document['images']:,} images as {document['embedder']}, {document['factory']} ({recall}), "
         f"{document['bytes'] / 1e6:,.1f} MB, {document['embedded']:,} embedded at "
         f"{document['images_per_second']:.3g} images/s"
     )
-    click.echo(document["index"])
+    tell(document["index"])

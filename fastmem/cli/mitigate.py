@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import click
-
 from fastmem.cli.command import FROM_0, FROM_1, option
 from fastmem.cli.command import command as make_command
-from fastmem.cli.options import JSON, WORK, RunOptions, parse_share, print_document, run_options, say
+from fastmem.cli.options import JSON, WORK, RunOptions, parse_share, print_document, run_options, say, tell
 from fastmem.cli.progress import terminal_reporter
 from fastmem.mitigation.attribution import BATCH_IMAGES
 from fastmem.stages.mitigate import CHOICES, MitigateSettings, describe_edit, mitigate
@@ -70,17 +68,17 @@ def command(
 
 def print_edit(document: Mapping[str, Any]) -> None:
     """The edit in words."""
-    click.echo(
+    tell(
         f"{document['model']}: the fc1 rows of {document['units_edited']:,} of {document['units']:,} units "
         f"({document['units_edited'] / document['units'] * 100:.3g} %) by {document['selection']}, in "
         f"{document['layers_edited']} of {len(document['units_per_layer'])} blocks, times {document['factor']:g}"
     )
-    click.echo("units by block: " + " ".join(map(str, document["units_per_layer"])))
+    tell("units by block: " + " ".join(map(str, document["units_per_layer"])))
     if document["chosen_on"]:
-        click.echo(
+        tell(
             f"chosen on {document['chosen_on']:,} candidates against {document['chosen_against']:,} held-out images, "
             "which the file names: report on the others"
         )
-    click.echo(f"edit {document['edit']}: {document['file']}")
+    tell(f"edit {document['edit']}: {document['file']}")
     if document["checkpoint"]:
-        click.echo(document["checkpoint"])
+        tell(document["checkpoint"])

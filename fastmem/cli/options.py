@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,7 +17,7 @@ from fastmem.errors import UsageError
 from fastmem.extraction.candidates import TOP_PER_CLASS
 from fastmem.index.embedding import PUBLISHED_SIZE
 from fastmem.quality.samples import BATCH
-from fastmem.reporter import Reporter
+from fastmem.reporter import Reporter, printable
 from fastmem.stages.opened_run import OpenedRun, open_run
 from fastmem.stages.options import AttackOptions, SamplingOptions, SSCDOptions
 
@@ -139,7 +141,15 @@ def parse_share(text: str, name: str = "--top") -> float:
 
 def say(sentence: str) -> None:
     """One line on stderr."""
-    click.echo(sentence, err=True)
+    # hours of work do not end because a note about them cannot be shown
+    with suppress(OSError):
+        click.echo(printable(sentence), sys.stderr)
+
+
+def tell(*lines: object) -> None:
+    """Lines on stdout; an end of a line within one of them is part of a name, and is escaped."""
+    for line in lines:
+        click.echo(printable(str(line)), sys.stdout)
 
 
 def print_json(document: Mapping[str, Any]) -> None:

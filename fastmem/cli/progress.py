@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -18,7 +18,7 @@ LINE_SECONDS = 30.0
 @contextmanager
 def terminal_reporter() -> Iterator[Reporter]:
     """A reporter that prints notes and plans on stderr, and shows how far the latest plan is."""
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False, highlight=False, emoji=False)
     shown = _Bar(console) if console.is_terminal else _Lines()
 
     def planned(plan: Plan) -> None:
@@ -38,12 +38,14 @@ class _Bar:
 
     def __init__(self, console: Console) -> None:
         columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-        self.bar = Progress(TextColumn("{task.description}"), *columns, console=console)
+        self.bar = Progress(TextColumn("{task.description}", markup=False), *columns, console=console)
 
     def start(self, total: int, things: str) -> None:
         for task in self.bar.task_ids:
             self.bar.remove_task(task)
-        self.bar.start()
+        # the terminal may have gone, which is no reason to end the work
+        with suppress(OSError):
+            self.bar.start()
         self.bar.add_task(things, total=total)
 
     def advance(self, done: int) -> None:
@@ -51,7 +53,8 @@ class _Bar:
             self.bar.advance(task, done)
 
     def stop(self) -> None:
-        self.bar.stop()
+        with suppress(OSError):
+            self.bar.stop()
 
 
 class _Lines:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import click
-
 from fastmem.cli.command import FROM_0, FROM_1, option
 from fastmem.cli.command import command as make_command
 from fastmem.cli.options import (
@@ -22,6 +20,7 @@ from fastmem.cli.options import (
     model_option,
     print_json,
     say,
+    tell,
 )
 from fastmem.cli.progress import terminal_reporter
 from fastmem.errors import UsageError
@@ -155,32 +154,30 @@ def print_score(document: Mapping[str, Any], found: ScoreFindings, as_json: bool
         print_json(document)
         return
     heldout = f" + {document['heldout_images']:,} held-out" if document["heldout_images"] else ""
-    click.echo(
+    tell(
         f"{document['model']}: {document['images']:,}{heldout} images, {document['layers']} blocks x "
         f"{document['units']:,} units, {document['images_per_second']:.3g} images/s, backend {document['backend']}"
     )
     if found.top:
-        click.echo(
-            f"\n{'block':>5} {'unit':>6}  {'segment':<14}{'UnitMem':>8}{'class sel.':>12}  largest response from"
-        )
+        tell("", f"{'block':>5} {'unit':>6}  {'segment':<14}{'UnitMem':>8}{'class sel.':>12}  largest response from")
         for unit in found.top[:PRINTED_UNITS]:
-            click.echo(
+            tell(
                 f"{unit.layer:>5} {unit.unit:>6}  {unit.segment:<14}{unit.unitmem:>8.3f}{unit.class_selectivity:>12.3f}"
                 f"  {found.names[unit.image_ids[0]]}"
             )
-        click.echo()
+        tell("")
     for reliable in found.reliability.values():
-        click.echo(reliable)
+        tell(reliable)
     if document["gap"]:
-        click.echo(_gap_sentence(document["gap"]))
+        tell(_gap_sentence(document["gap"]))
     for by, sentence in (
         ("loss", "membership by loss"),
         ("guided", "membership by loss without a class minus with it"),
     ):
         if by in found.membership:
-            click.echo(f"{sentence}: {found.membership[by]}")
+            tell(f"{sentence}: {found.membership[by]}")
     for path in (*document["tables"], *document["pictures"]):
-        click.echo(path)
+        tell(path)
 
 
 def _gap_sentence(gap: Mapping[str, Any]) -> str:

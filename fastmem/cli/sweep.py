@@ -21,6 +21,7 @@ from fastmem.cli.options import (
     sampling_options,
     say,
     sscd_options,
+    tell,
 )
 from fastmem.cli.progress import terminal_reporter
 from fastmem.errors import UsageError
@@ -161,20 +162,20 @@ def parse_factors(text: str) -> tuple[float, ...]:
 def print_sweep(document: Mapping[str, Any]) -> None:
     """Counts and costs of every row, comparisons, what a search reached, re-attacks."""
     targets = f"{document['reported_targets']:,} of {document['targets']:,} targets"
-    click.echo(f"counts are of the {targets} that no units were chosen by, judged by {document['judge']}\n")
+    tell(f"counts are of the {targets} that no units were chosen by, judged by {document['judge']}", "")
     if "reached" in document:
-        click.echo(search_table(document) + "\n\n" + search_sentence(document))
+        tell(*search_table(document).split("\n"), "", search_sentence(document))
     else:
-        click.echo(row_table(document))
+        tell(*row_table(document).split("\n"))
     if document["comparisons"]:
         shown = told_comparisons(document["comparisons"])
-        click.echo("\n" + comparison_table(shown))
+        tell("", *comparison_table(shown).split("\n"))
         if len(shown) < len(document["comparisons"]):
-            click.echo(f"\n{len(document['comparisons']) - len(shown)} more comparisons are in sweep.json")
+            tell("", f"{len(document['comparisons']) - len(shown)} more comparisons are in sweep.json")
     for found in document["re_attacks"]:
-        click.echo("\n" + attack_table(found))
+        tell("", *attack_table(found).split("\n"))
     kept = [r["edit"] for r in document.get("reached", ()) if r["edit"]]
     if kept:
-        click.echo("\nedits of the run, for --edit:\n" + "\n".join(kept))
+        tell("", "edits of the run, for --edit:", *kept)
     for path in (*document.get("tables", ()), *document.get("pictures", ())):
-        click.echo(path)
+        tell(path)

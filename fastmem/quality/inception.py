@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from fastmem.errors import InputFileError, UsageError
-from fastmem.home import home
+from fastmem.home import find_weights, home
 from fastmem.models.checkpoints import read_state, resolve_device
 from fastmem.quality.features import Comparison, Features, Reference, compare_by_kernel, thinned
 from fastmem.quality.frechet import FeatureMoments, Gaussian, frechet_distance
@@ -50,11 +50,11 @@ def find_inception(path: str | Path | None = None, device: str = "auto") -> tupl
 
 def locate_inception() -> tuple[Path | None, str]:
     """Return the file of the official weights, or None where FASTMEM_HOME lacks it, and a sentence on how to get it."""
-    official = home() / "weights" / OFFICIAL_FILE
-    if official.is_file():
-        return official, f"Inception weights from {official}"
+    official, place = find_weights(OFFICIAL_FILE)
+    if official is not None:
+        return official, f"Inception weights from {place}"
     return None, (
-        f"no Inception weights, so no FID: put {OFFICIAL_FILE} at {official}, name it with --inception FILE, or "
+        f"no Inception weights, so no FID ({place}): put {OFFICIAL_FILE} there, name it with --inception FILE, or "
         "have it downloaded with --fetch-inception"
     )
 

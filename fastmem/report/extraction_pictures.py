@@ -14,7 +14,8 @@ from fastmem.data.sources import ImageSource
 from fastmem.extraction.extract import Extraction
 from fastmem.extraction.verdicts import Count
 from fastmem.models.model import Model
-from fastmem.report.score_pictures import HELDOUT, INK, TRAIN, draw_image, save_picture, shorten
+from fastmem.report.lettering import shorten, shorten_name
+from fastmem.report.score_pictures import HELDOUT, INK, TRAIN, draw_image, save_picture
 
 # candidates shown by default
 SHOWN = 12
@@ -53,7 +54,7 @@ def draw_extractions(
     made = model.decode(verdicts.tokens[longest, shown])
     for n, i in enumerate(at):
         row = grid[n % half, (n // half) * len(columns) :]
-        draw_image(row[0], source, int(verdicts.targets.ids[i]), shorten(verdicts.targets.names[i]))
+        draw_image(row[0], source, int(verdicts.targets.ids[i]), shorten_name(verdicts.targets.names[i]))
         _draw_tensor(row[1], true[n], _caption(verdicts.ceiling[i]))
         mark = "extracted" if verdicts.extracted[longest, i] else "not extracted"
         _draw_tensor(row[2], made[n], f"{verdicts.similarity[longest, i]:.2f}, {mark}")
@@ -138,5 +139,5 @@ def draw_dose_response(path: Path, groups: Mapping[str, Sequence[Count]], prefix
 
 def _label(name: str, images: int) -> str:
     """Return a group's name and size, with line breaks, so that it does not overlap its neighbours."""
-    broken = name.replace(", ", ",\n")
-    return f"{broken}\n({images})"
+    broken = [shorten(part) for part in name.replace(", ", ",\n").split("\n")]
+    return "\n".join([*broken, f"({images})"])

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
 from fastmem.ranking.selection import find_matched, ranked_segments
+from fastmem.report.lettering import shorten
 from fastmem.report.score_pictures import INK, save_picture
 from fastmem.stats import UnitStats
 
@@ -43,7 +44,7 @@ def draw_unitmem_heatmap(path: Path, stats: UnitStats, heldout: UnitStats | None
     matched = None if heldout is None else find_matched(stats, heldout)
     if heldout is not None and matched is not None:
         sets += [("training, matched", matched), ("held-out", heldout)]
-    names = [stats.segments[i] for i in ranked_segments(stats)]
+    names = [shorten(stats.segments[i]) for i in ranked_segments(stats)]
     cells = [unitmem_cells(own) for _, own in sets]
     layers = stats.shape[0]
     size = (2 * max(4.0, 1.5 + 0.5 * layers), 0.6 + len(sets) * (1.1 + 0.3 * len(names)))

@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from fastmem.models.model import Model
 from fastmem.quality.features import to_bytes
 from fastmem.quality.samples import SampleFolder
-from fastmem.report.score_pictures import INK, save_picture, shorten
+from fastmem.report.lettering import shorten_name
+from fastmem.report.score_pictures import INK, save_picture
 
 # greatest numbers of classes, and of samples of each class, on a sheet
 CLASSES, COLUMNS = 8, 8
@@ -41,7 +42,7 @@ def draw_samples(path: Path, model: Model, samples: SampleFolder, classes: Seque
         axis.set_axis_off()
     for row, label in zip(grid, rows.tolist(), strict=True):
         name = classes[label] if label < len(classes) else f"class {label}"
-        row[0].text(1, 0.5, shorten(name), ha="right", va="center", fontsize=7, color=INK)
+        row[0].text(1, 0.5, shorten_name(name), ha="right", va="center", fontsize=7, color=INK)
         members = np.flatnonzero(samples.labels == label)[:COLUMNS]
         for axis, picture in zip(row[1:], _pictures(model, samples, members), strict=False):
             axis.imshow(picture)

@@ -15,6 +15,7 @@ from fastmem.data.sources import ImageSource
 from fastmem.files import write_atomically
 from fastmem.ranking.gap import Gap
 from fastmem.ranking.selection import find_matched, matched_to, ranked_segments
+from fastmem.report.lettering import letter, shorten, shorten_name
 from fastmem.report.unit_table import TopUnit
 from fastmem.stats import UnitStats
 
@@ -25,6 +26,7 @@ DPI = 130
 
 def save_picture(figure: Figure, path: Path) -> None:
     """Write a figure to a PNG file, completely or not at all. Raises: UsageError where it cannot be written."""
+    letter(figure)
     # without the library's version in the file, equal results give equal files
     write_atomically(path, lambda partial: figure.savefig(partial, format="png", dpi=DPI, metadata={"Software": None}))
 
@@ -182,14 +184,14 @@ def draw_contact_sheet(
         grid[row, left].text(
             1.0,
             0.5,
-            f"block {unit.layer}\nunit {unit.unit}\n{unit.segment}\nUnitMem {unit.unitmem:.3f}",
+            f"block {unit.layer}\nunit {unit.unit}\n{shorten(unit.segment)}\nUnitMem {unit.unitmem:.3f}",
             ha="right",
             va="center",
             fontsize=8,
             color=INK,
         )
         for axis, image_id, response in zip(grid[row, left + 1 :], unit.image_ids, unit.responses, strict=False):
-            draw_image(axis, source, image_id, f"{shorten(names[image_id])}\n{response:.3g}")
+            draw_image(axis, source, image_id, f"{shorten_name(names[image_id])}\n{response:.3g}")
     figure.suptitle(title, fontsize=11, color=INK)
     save_picture(figure, path)
 
@@ -213,9 +215,3 @@ def draw_image(axis: Axes, source: ImageSource, image_id: int, caption: str) -> 
         # the image was readable when it was scored, so its file has changed since
         axis.text(0.5, 0.5, error.reason, ha="center", va="center", fontsize=6, wrap=True)
     axis.set_title(caption, fontsize=6, color=INK, pad=2)
-
-
-def shorten(name: str) -> str:
-    """Return the file name in an image name ``class/name``, without suffix and cut to the length of a caption."""
-    stem = name.rsplit("/", 1)[-1].rsplit(".", 1)[0].replace("$", r"\$")
-    return stem if len(stem) <= 18 else stem[:17] + "…"

@@ -141,7 +141,7 @@ def score_images(
     chosen = choose_backend(backend, model.device, pre_activation=settings.activation == "pre")
     if out is not None:
         check_writable(out)
-    cache = TokenCache.open(token_cache, model)
+    cache = TokenCache.open(token_cache, model, reporter.note)
     folder = None if out is None else RunFolder(out)
     return _Scorer(model, settings, chosen, folder, reporter, workers, cache).run(sets, resume, check_classes)
 

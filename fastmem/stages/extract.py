@@ -183,7 +183,11 @@ def find_index(
     if path is None:
         # an index is of a whole folder, a run may have taken some of its images
         whole = Manifest.build(run.sources["train"])
-        path = default_index_folder(whole, judge.embedder)
+        try:
+            path = default_index_folder(whole, judge.embedder)
+        except UsageError as error:
+            reporter.note(f"no index of the training set: {error}")
+            return None
         if not (path / "index.json").exists():
             reporter.note(
                 "no index of the training set: what comes back is compared with its target alone (`fastmem index`)"

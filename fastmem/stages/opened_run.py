@@ -206,7 +206,8 @@ def open_run(
         for split, manifest in manifests.items()
     }
     manifests = {split: manifest.found_in(sources[split]) for split, manifest in manifests.items()}
-    return OpenedRun(folder, identity, model, sources, manifests, TokenCache.open(inputs.token_cache, model))
+    cache = TokenCache.open(inputs.token_cache, model, reporter.note)
+    return OpenedRun(folder, identity, model, sources, manifests, cache)
 
 
 def _path(given: str | os.PathLike[str] | None, before: str | None) -> Path | None:

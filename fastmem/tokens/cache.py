@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -29,8 +29,9 @@ from fastmem.data.sources import DIGEST_BYTES
 from fastmem.data.views import Joined, Views
 from fastmem.errors import InputFileError, UsageError
 from fastmem.files import read_tensors, write_tensors
-from fastmem.home import home
+from fastmem.home import can_keep, home
 from fastmem.models.model import Model
+from fastmem.reporter import SILENT
 
 SCHEMA = "fastmem.tokens/2"
 SHARD_IMAGES = 64
@@ -60,16 +61,29 @@ class TokenCache:
     small: bool
 
     @classmethod
-    def open(cls, where: str | os.PathLike[str] | None, model: Model) -> TokenCache | None:
+    def open(
+        cls, where: str | os.PathLike[str] | None, model: Model, note: Callable[[str], None] = SILENT.note
+    ) -> TokenCache | None:
         """Return the cache of a model's tokens in the folder ``where``, or None where there is to be no cache.
 
-        "auto" stands for the folder ``tokens`` in ``FASTMEM_HOME``; "off" and None stand for no cache.
+        "auto" stands for the folder ``tokens`` in ``FASTMEM_HOME``, or no cache where no folder can be made or written
+        there, which ``note`` is told; "off" and None stand for no cache.
 
         Raises: UsageError where ``where`` is a file.
         """
         if where is None or where == OFF:
             return None
-        folder = home() / "tokens" if where == AUTO else Path(where)
+        if where == AUTO:
+            try:
+                folder = home() / "tokens"
+            except UsageError as error:
+                note(f"tokens are not kept for the next pass: {error}")
+                return None
+            if not can_keep(folder):
+                note(f"tokens are not kept for the next pass: {folder} cannot be written, FASTMEM_HOME names another")
+                return None
+        else:
+            folder = Path(where)
         if folder.exists() and not folder.is_dir():
             raise UsageError(f"expected a folder for cached tokens, got the file {folder}: name another, auto or off")
         context = {
