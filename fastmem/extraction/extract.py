@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from fastmem.data.manifest import Manifest
 from fastmem.data.sources import ImageSource
-from fastmem.errors import UsageError
+from fastmem.errors import InputFileError, UsageError
 from fastmem.extraction.attack import BATCH_ROWS, attack, token_match
 from fastmem.extraction.candidates import (
     TOP_PER_CLASS,
@@ -268,6 +269,18 @@ class _Part:
     def tensors(self) -> dict[str, Tensor]:
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
+    @classmethod
+    def read(cls, file: Path, owner: Mapping[str, Any]) -> _Part:
+        """Read a work unit from its file. Raises: InputFileError where it is damaged or another one's."""
+        tensors, _ = read_tensors(file, UNIT_SCHEMA, owner=owner)
+        names = {field.name for field in fields(cls)}
+        if tensors.keys() != names:
+            raise InputFileError(
+                f"expected the verdicts of a work unit in {file}, got {', '.join(sorted(tensors)) or 'nothing'}: "
+                "remove the file"
+            )
+        return cls(**tensors)
+
 
 @dataclass
 class _Stage:
@@ -288,12 +301,13 @@ class _Stage:
     ) -> list[tuple[Targets, _Part]]:
         """Return the targets and verdicts of every work unit of a set, read from its file where it is finished."""
         done = []
+        owner = {"set": split, "manifest": manifest.hash, "judge": self.judge.name, **self.model.fingerprint()}
         with Interruption() as interruption:
             for number, at in enumerate(_cut(manifest.labels[positions])):
                 file = None if self.folder is None else self.folder / f"{split}-{number:05d}.safetensors"
                 unit = positions[at]
                 if file is not None and file.exists():
-                    part = _Part(**read_tensors(file, UNIT_SCHEMA)[0])
+                    part = _Part.read(file, owner | {"unit": number})
                     targets = targets_of(manifest, scores, unit, part.ids.numpy(), part.true)
                 else:
                     targets = find_targets(
@@ -303,7 +317,7 @@ class _Stage:
                         self.reporter.note(f"{len(unit) - len(targets)} of {len(unit)} {split} images cannot be read")
                     part = self._judge(targets, source, manifest)
                     if file is not None:
-                        write_tensors(file, part.tensors(), UNIT_SCHEMA, {})
+                        write_tensors(file, part.tensors(), UNIT_SCHEMA, owner | {"unit": number})
                 done.append((targets, part))
                 self.reporter.advance(len(unit))
                 if interruption.requested:

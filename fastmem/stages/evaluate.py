@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -62,6 +62,14 @@ class EvaluateSettings:
     features: tuple[tuple[str, str], ...]
     references: tuple[str, ...]
     loss_images: int
+
+
+class DocumentShape(TypedDict):
+    """The entries of an evaluation's document that are read again."""
+
+    samples: int
+    metrics: dict[str, float | None]
+    settings: dict[str, Any]
 
 
 class EvaluationResult(StageResult):
@@ -144,7 +152,9 @@ def evaluate(
         file = run.folder.evaluation_file(f"{in_force.label}-{settings_digest(asked)}")
         if file.exists():
             reporter.note(f"{file} has this evaluation already")
-            return EvaluationResult(file, read_document(file, SCHEMA))
+            return EvaluationResult(
+                file, read_document(file, SCHEMA, DocumentShape, {"run_id": run.id, "settings": asked})
+            )
         losses = {
             split: read_loss_images(
                 run.model,
@@ -216,6 +226,7 @@ def _finish(
     """Write the document, and a sheet of samples beside it; returns the document."""
     document = {
         "run": str(run.path),
+        "run_id": run.id,
         "edit": edit.name,
         "samples": settings["samples"] if extractors else 0,
         "metrics": found.metrics,

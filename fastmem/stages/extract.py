@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 
@@ -64,6 +64,16 @@ class ExtractSettings:
     device: str
     checkpoint: str
     tokenizer: str
+
+
+class DocumentShape(TypedDict):
+    """The entries of result.json that are read again."""
+
+    extracted: dict[str, int]
+    extracted_original: dict[str, int]
+    candidates: int
+    threshold: float
+    settings: dict[str, Any]
 
 
 class ExtractionResult(StageResult):
@@ -141,7 +151,9 @@ def extract(
             file = folder / "result.json"
             if file.exists():
                 reporter.note(f"{folder} has this extraction already")
-                return ExtractionResult(folder, read_document(file, SCHEMA))
+                return ExtractionResult(
+                    folder, read_document(file, SCHEMA, DocumentShape, {"run_id": run.id, "settings": asked})
+                )
             if (folder / "settings.json").exists() and not resume:
                 raise UsageError(
                     f"expected no unfinished extraction in {folder}, got one: go on with --resume, or remove the folder"
@@ -296,6 +308,7 @@ def _finish(
     table, grid, histogram = (folder / f for f in ("verdicts.parquet", "extracted.png", "similarities.png"))
     document = {
         "run": str(run.path),
+        "run_id": run.id,
         "edit": edit.name,
         **describe(found, associations),
         "settings": settings,

@@ -61,6 +61,11 @@ class OpenedRun:
         """The run folder's path."""
         return self.folder.path
 
+    @property
+    def id(self) -> str:
+        """What tells the run from others, by all of its inputs."""
+        return run_id(self.identity)
+
     @cached_property
     def train(self) -> UnitStats:
         """Statistics of the training images. Raises: InputFileError where the file is missing or damaged."""
@@ -84,7 +89,7 @@ class OpenedRun:
 
     def owner(self, split: str) -> dict[str, str]:
         """Entries that the files of a set carry, by which those of another run are told."""
-        return {"run": run_id(self.identity), "set": split}
+        return {"run": self.id, "set": split}
 
     def weights(self) -> dict[str, str]:
         """What tells the model's weights, as they are now, from others'; JSON values."""

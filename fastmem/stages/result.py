@@ -29,12 +29,18 @@ class StageResult:
         return dict(self.document)
 
 
-def read_document(file: Path, schema: str) -> dict[str, Any]:
+def read_document(file: Path, schema: str, shape: Any, owner: Mapping[str, Any]) -> dict[str, Any]:
     """Return a stage's finished document from its file, without the schema, as ``--json`` prints it.
 
-    Raises: InputFileError for a file that is missing, damaged or of another schema.
+    Args:
+        file: the document.
+        schema: of the stage.
+        shape: the types of its entries.
+        owner: entries that say which run and which settings it is of.
+
+    Raises: InputFileError for a file that is missing, damaged, of another schema or of another run.
     """
-    return {key: value for key, value in read_json(file, schema).items() if key != "schema"}
+    return {key: value for key, value in read_json(file, schema, shape, owner).items() if key != "schema"}
 
 
 def settings_document(settings: Any) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from fastmem.quality.features import SSCDFeatures
 from fastmem.quality.samples import BATCH
 from fastmem.report.sweep_pictures import draw_sweep
 from fastmem.reporter import SILENT, Reporter, Work, duration
-from fastmem.runs.folder import RunFolder
+from fastmem.runs.folder import RunFolder, run_id
 from fastmem.runs.owner import owned
 from fastmem.stages.evaluate import image_doses
 from fastmem.stages.extract import candidate_scores
@@ -179,7 +179,7 @@ def sweep(
         if not folder.check(identity, resume):
             folder.start(identity)
         prepared = _prepare(run, bench, chosen, reporter)
-        table = Table(folder.path / "rows", prepared.bench)
+        table = Table(folder.path / "rows", prepared.bench, run_id(identity))
         work = _Sweep(run, folder, table, prepared, _choose_cost(cost, table), reporter)
         if target_reduction is None:
             document = _measure_plan(work, plan_rows(settings))

@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypedDict
 
 import numpy as np
 import torch
 
 from fastmem.errors import UsageError
-from fastmem.files import read_tensors, write_tensors
+from fastmem.files import check_tensors, read_tensors, write_tensors
 from fastmem.reporter import SILENT, Reporter, duration
 from fastmem.runs.interruption import Interruption
 from fastmem.sweep.plan import NO_EDIT, Row
@@ -39,6 +39,15 @@ class Bench(Protocol):
 
     def quality(self, seed: int) -> dict[str, float]:
         """Return the metrics of the model with its present edits, by name, on samples drawn with ``seed``."""
+
+
+class HeaderShape(TypedDict):
+    """The header of a row's file."""
+
+    metrics: dict[str, float] | None
+    units: int
+    seconds: float
+    missing: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,18 +76,26 @@ class Measured:
         """Metrics by name; empty where quality was not measured."""
         return self.metrics or {}
 
-    def save(self, path: Path) -> None:
-        """Write the row to a safetensors file. Raises: UsageError where the folder cannot be written."""
+    def save(self, path: Path, sweep: str = "") -> None:
+        """Write the row to a safetensors file; ``sweep`` is the id of what all rows of a sweep have in common.
+
+        Raises: UsageError where the folder cannot be written.
+        """
         header = {name: value for name, value in vars(self).items() if name != "similarity"}
-        header["row"] = asdict(self.row)
+        header |= {"row": asdict(self.row), "sweep": sweep}
         write_tensors(path, {"similarity": torch.from_numpy(self.similarity)}, SCHEMA, header)
 
     @classmethod
-    def load(cls, path: Path) -> Measured:
-        """Read a row from a file that `save` wrote. Raises: InputFileError where it is missing or damaged."""
-        tensors, header = read_tensors(path, SCHEMA)
+    def load(cls, path: Path, row: Row, sweep: str = "") -> Measured:
+        """Read a row from a file that `save` wrote.
+
+        Raises: InputFileError where it is missing or damaged, or holds another row or one of another sweep.
+        """
+        owner = {"sweep": sweep, "row": asdict(row)}
+        tensors, header = read_tensors(path, SCHEMA, HeaderShape, owner)
+        check_tensors(path, tensors, {"similarity": ("float32", ("P", "N"))})
         known = {name: header[name] for name in ("metrics", "units", "seconds", "missing")}
-        return cls(Row(**header["row"]), tensors["similarity"].numpy(), **known)
+        return cls(row, tensors["similarity"].numpy(), **known)
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,10 +123,14 @@ class TargetSet:
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """The rows of one sweep, each in a file of ``folder``; ``bench`` measures the rows that are missing."""
+    """The rows of one sweep, each in a file of ``folder``; ``bench`` measures the rows that are missing.
+
+    ``sweep`` is the id of what all rows have in common, which their files carry.
+    """
 
     folder: Path
     bench: Bench
+    sweep: str = ""
 
     def file(self, row: Row) -> Path:
         """Return the path of a row's file."""
@@ -126,11 +147,11 @@ class Table:
 
         Raises: InputFileError where the file is damaged; UsageError where the folder cannot be written.
         """
-        before = Measured.load(self.file(row)) if self.done(row) else None
+        before = Measured.load(self.file(row), row, self.sweep) if self.done(row) else None
         if before is not None and (before.missing or before.metrics is not None or not with_quality):
             return before
         found = self._measure(row, before, with_quality)
-        found.save(self.file(row))
+        found.save(self.file(row), self.sweep)
         return found
 
     def _measure(self, row: Row, before: Measured | None, with_quality: bool) -> Measured:
@@ -149,7 +170,11 @@ class Table:
     def _first(self, row: Row) -> Measured | None:
         """Return the same edit with the first seed, where it scales the same units and is measured already."""
         first = replace(row, seed=0)
-        return Measured.load(self.file(first)) if not row.drawn and row.seed and self.done(first) else None
+        return (
+            Measured.load(self.file(first), first, self.sweep)
+            if not row.drawn and row.seed and self.done(first)
+            else None
+        )
 
 
 @dataclass(frozen=True)
