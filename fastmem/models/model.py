@@ -225,14 +225,15 @@ class Model(ABC):
                 f"expected images as float [N,{','.join(map(str, expected))}] in [0,1], got {images.dtype} "
                 f"{list(images.shape)}: resize and scale them first"
             )
-        if images.numel():
-            low, high = torch.stack(images.aminmax()).tolist()
-            # NaN fails every comparison
-            if not (low >= -PIXEL_SLACK and high <= 1 + PIXEL_SLACK):
-                raise UsageError(
-                    f"expected images with pixels in [0,1], got {low:g}..{high:g}: divide bytes by 255, undo any other "
-                    "normalisation, and clamp what a resize overshot"
-                )
+        if not len(images):
+            return torch.empty(0, self.num_tokens, dtype=torch.int64, device=self.device)
+        low, high = torch.stack(images.aminmax()).tolist()
+        # NaN fails every comparison
+        if not (low >= -PIXEL_SLACK and high <= 1 + PIXEL_SLACK):
+            raise UsageError(
+                f"expected images with pixels in [0,1], got {low:g}..{high:g}: divide bytes by 255, undo any other "
+                "normalisation, and clamp what a resize overshot"
+            )
         images = images.to(self.device, torch.float32).contiguous(memory_format=torch.channels_last)
         # a near tie between two codes must not be decided by reduced precision
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
@@ -441,11 +442,15 @@ class Model(ABC):
             generator: random state to sample with, torch's global one when None.
 
         Raises:
-            UsageError: a preset is given with ``greedy`` or lacks a setting that the family needs, a prefix has a
-                length that is not among ``prefix_lengths``, or labels or tokens have another shape or are out of range.
+            UsageError: a preset is given with ``greedy``, lacks a setting that the family needs or has one that is out
+                of range, a prefix has a length that is not among ``prefix_lengths``, the random generator is on another
+                device, or labels or tokens have another shape or are out of range.
+            FastmemError: the logits are not finite, as ``check`` says.
         """
         if greedy and preset is not None:
             raise UsageError("expected no preset with greedy=True, got one: drop it, or pass greedy=False to sample")
+        if preset is not None:
+            _check_preset(preset)
         rows = _prefix_rows(prefix)
         labels = self._check_labels(labels, len(rows))
         if generator is not None and generator.device.type != self.device.type:
@@ -474,7 +479,8 @@ class Model(ABC):
             UsageError: a name is unknown, or there is none.
         """
         known = {s.name: s for s in self.all_segments}
-        chosen = self.segments if names is None else tuple(names)
+        # a single name would be taken for its letters
+        chosen = self.segments if names is None else (names,) if isinstance(names, str) else tuple(names)
         unknown = [n for n in chosen if n not in known]
         if unknown or not chosen:
             raise UsageError(f"expected segments out of {', '.join(known)}, got {', '.join(unknown) or 'none'}")
@@ -536,6 +542,20 @@ def _range(values: Tensor) -> tuple[int, int]:
         return 0, 0
     low, high = torch.stack(values.aminmax()).tolist()
     return low, high
+
+
+def _check_preset(preset: Preset) -> None:
+    """Refuse settings by which logits would become NaN, or nothing could be drawn."""
+    right = {
+        "a temperature in 0.001..1000": 1e-3 <= preset.temperature <= 1e3,
+        "a guidance in -1000..1000": -1e3 <= preset.guidance <= 1e3,
+        "a guidance_power in 0.001..1000": preset.guidance_power is None or 1e-3 <= preset.guidance_power <= 1e3,
+        "a top_k of at least 1": preset.top_k is None or preset.top_k >= 1,
+        "a top_p in (0,1]": preset.top_p is None or 0 < preset.top_p <= 1,
+    }
+    wrong = [wanted for wanted, holds in right.items() if not holds]
+    if wrong:
+        raise UsageError(f"expected a preset with {wrong[0]}, got {preset}: change it")
 
 
 def _prefix_rows(prefix: Tensor | Sequence[Tensor]) -> list[Tensor]:

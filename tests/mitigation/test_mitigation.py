@@ -195,6 +195,57 @@ def test_wrong_units_and_factors_are_refused_before_anything_changes(model, chos
     assert model.edits == []
 
 
+@pytest.mark.parametrize(("dtype", "factor"), [("float16", 1e8), ("float32", 1e39), ("bfloat16", -1e39)])
+@pytest.mark.parametrize("each", [False, True], ids=["one factor", "a factor each"])
+def test_a_factor_that_leaves_the_range_of_the_type_is_refused(model, dtype, factor, each):
+    model.generator.to(DTYPES[dtype])
+    before = state_of(model)
+    factors = torch.tensor([0.5, factor, 0.5, 0.5, 0.5], dtype=torch.float64) if each else factor
+    with pytest.raises(
+        UsageError, match=f"products stay finite in {dtype}, got .* for a unit of block 0: take a smaller"
+    ):
+        scale_units(model, choose(*CHOSEN), factors)
+    assert same_bits(state_of(model), before)
+    assert model.edits == []
+
+
+@pytest.mark.parametrize(
+    ("layer", "unit"),
+    [(torch.tensor([0.0]), torch.tensor([3])), (torch.tensor([0]), torch.tensor([True])), ([0], [3.7])],
+    ids=["fractional layers", "a mask", "a list of fractions"],
+)
+def test_units_that_are_no_whole_numbers_are_refused(model, layer, unit):
+    with pytest.raises(UsageError, match="layers and units as int64"):
+        scale_units(model, SimpleNamespace(layer=layer, unit=unit))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_an_undo_after_a_change_of_the_scaled_rows_is_refused(model, dtype):
+    model.generator.to(DTYPES[dtype])
+    edit = scale_units(model, choose(*CHOSEN), 0.3)
+    model.fc1_layers[1].weight[22, 0] += 1
+    changed = state_of(model)
+    with pytest.raises(UsageError, match="rows of block 1 as this edit left them, got others: .* load the model again"):
+        edit.undo()
+    assert same_bits(state_of(model), changed)
+    assert edit.live
+
+
+def test_an_undo_in_another_type_is_refused(model):
+    edit = scale_units(model, choose(*CHOSEN), 0.5)
+    model.generator.to(torch.float64)
+    with pytest.raises(UsageError, match="weights were changed under the edit"):
+        edit.undo()
+
+
+def test_an_undo_of_rows_that_were_loaded_anew_keeps_them(model):
+    before = state_of(model)
+    edit = scale_units(model, choose(*CHOSEN), 0.5)
+    model.generator.load_state_dict(before)
+    edit.undo()
+    assert same_bits(state_of(model), before)
+
+
 def make_plan(model: Model, **changes: object) -> EditPlan:
     factors = torch.tensor([0.5, 0.25, 0.1, 0.5, 3.0], dtype=torch.float64)
     seen = torch.tensor([5, 2**62]), torch.tensor([7])
