@@ -547,9 +547,9 @@ def _range(values: Tensor) -> tuple[int, int]:
 def _check_preset(preset: Preset) -> None:
     """Refuse settings by which logits would become NaN, or nothing could be drawn."""
     right = {
-        "a temperature in 0.001..1000": 1e-3 <= preset.temperature <= 1e3,
-        "a guidance in -1000..1000": -1e3 <= preset.guidance <= 1e3,
-        "a guidance_power in 0.001..1000": preset.guidance_power is None or 1e-3 <= preset.guidance_power <= 1e3,
+        "a temperature in 1e-6..1e6": 1e-6 <= preset.temperature <= 1e6,
+        "a guidance in -1e6..1e6": -1e6 <= preset.guidance <= 1e6,
+        "a guidance_power in 1e-6..1e6": preset.guidance_power is None or 1e-6 <= preset.guidance_power <= 1e6,
         "a top_k of at least 1": preset.top_k is None or preset.top_k >= 1,
         "a top_p in (0,1]": preset.top_p is None or 0 < preset.top_p <= 1,
     }
