@@ -124,9 +124,12 @@ def print_extraction(document: Mapping[str, Any]) -> None:
     for by, found in document["associations"].items():
         odds = "none" if found["odds_ratio"] is None else f"{found['odds_ratio']:.2f}"
         ends = ["infinite" if found[end] is None else f"{found[end]:.2f}" for end in ("low", "high")]
+        ratio = f"odds ratio {odds} ({ends[0]} to {ends[1]})"
+        if found["odds_ratio"] is found["low"] is found["high"] is None:
+            ratio = "no odds ratio"
         tell(
             f"owners of the top 5 % by {by}: {found['owners_extracted']} of {found['owners']} extracted, others "
-            f"{found['others_extracted']} of {found['others']}; odds ratio {odds} ({ends[0]} to {ends[1]})"
+            f"{found['others_extracted']} of {found['others']}; {ratio}"
         )
     for path in (*document["tables"], *document["pictures"]):
         tell(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -154,7 +155,16 @@ def tell(*lines: object) -> None:
 
 def print_json(document: Mapping[str, Any]) -> None:
     """The one JSON document on stdout."""
-    click.echo(json.dumps(document, indent=2))
+    click.echo(json.dumps(_finite(document), indent=2, allow_nan=False))
+
+
+def _finite(value: Any) -> Any:
+    """A value of a document with None in place of numbers that JSON does not have."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def print_document(document: Mapping[str, Any], as_json: bool, in_words: Callable[[Mapping[str, Any]], None]) -> None:

@@ -161,11 +161,14 @@ def print_score(document: Mapping[str, Any], found: ScoreFindings, as_json: bool
     if found.top:
         tell("", f"{'block':>5} {'unit':>6}  {'segment':<14}{'UnitMem':>8}{'class sel.':>12}  largest response from")
         for unit in found.top[:PRINTED_UNITS]:
+            selectivity = "undefined" if unit.class_selectivity is None else f"{unit.class_selectivity:.3f}"
             tell(
-                f"{unit.layer:>5} {unit.unit:>6}  {unit.segment:<14}{unit.unitmem:>8.3f}{unit.class_selectivity:>12.3f}"
+                f"{unit.layer:>5} {unit.unit:>6}  {unit.segment:<14}{unit.unitmem:>8.3f}{selectivity:>12}"
                 f"  {found.names[unit.image_ids[0]]}"
             )
         tell("")
+    for score_name, need in document["undefined"].items():
+        tell(f"{score_name} is undefined: it needs {need}")
     for reliable in found.reliability.values():
         tell(reliable)
     if document["gap"]:

@@ -57,7 +57,8 @@ def gap(stats: UnitStats, heldout: UnitStats) -> Gap:
     pooled variance compares them, with 6 degrees of freedom for 4 folds each. Segments whose responses depend on the
     class alone are not tested: their p-values and q-values are 1.
 
-    Raises: UsageError where the sets do not match in size and classes, or have fewer than two folds.
+    Raises: UsageError where the sets do not match in size and classes, have fewer than two folds, or have a
+    fold of fewer than two images.
 
     Source: Benjamini and Hochberg 1995.
     """
@@ -66,6 +67,11 @@ def gap(stats: UnitStats, heldout: UnitStats) -> Gap:
     stats = matched_to(stats, heldout)
     if min(len(stats.folds), len(heldout.folds)) < 2:
         raise UsageError("expected statistics with at least two folds for an interval, got one: score the images again")
+    smallest = min(fold.count for s in (stats, heldout) for fold in s.folds)
+    if smallest < 2:
+        raise UsageError(
+            f"expected at least two images in every fold for an interval, got {smallest}: score more images of each set"
+        )
     scores = [torch.stack([fold.unitmem() for fold in s.folds]).numpy() for s in (stats, heldout)]
     fold_value, low, high, p_value = _compare(*scores)
     ranked = np.array([name not in stats.class_only for name in stats.segments])

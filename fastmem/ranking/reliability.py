@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from functools import reduce
 from itertools import combinations
@@ -22,7 +21,7 @@ class Reliability:
     Attributes:
         by: the score that units are ranked by.
         fraction: share of all units that are selected, in (0,1].
-        spearman: rank correlation of the scores of all units; NaN where all scores are equal.
+        spearman: rank correlation of the scores of all units.
         overlap: share of the units selected on one half that are also selected on the other, in [0,1].
         chance: the overlap expected of two independent selections.
         halves: number of ways to split the folds in half.
@@ -52,8 +51,9 @@ def reliability(
 ) -> Reliability | None:
     """Return the agreement of a ranking of units between two halves of the images, or None where it cannot be measured.
 
-    It cannot be measured for random and matched units, for your own scores, for fewer than four folds with images, or
-    where the score needs statistics of every class that were not kept. Each half consists of two of the four folds. A
+    It cannot be measured for random and matched units, for your own scores, for fewer than four folds with images,
+    where a half has too few images for the score or gives all units the same, or where the score needs statistics of
+    every class that were not kept. Each half consists of two of the four folds. A
     half has only half of the images, so rankings on all images would agree better.
 
     Args:
@@ -79,10 +79,12 @@ def reliability(
         try:
             scores = [merge_segments(stats, _score(by, stats, heldout, half), merge) for half in (first, second)]
         except UsageError:
-            # the score needs statistics of every class, which were not kept
+            # a half has too few images, or the score needs statistics of every class, which were not kept
             return None
-        varies = all(len(s.unique()) > 1 for s in scores)
-        correlations.append(float(spearmanr(*(s.flatten().numpy() for s in scores)).statistic) if varies else math.nan)
+        if not all(len(s.unique()) > 1 for s in scores):
+            # equal scores are no ranking, and which of them are highest would be a matter of their order
+            return None
+        correlations.append(float(spearmanr(*(s.flatten().numpy() for s in scores)).statistic))
         signed = [-s if by == "lowest" else s for s in scores]
         chosen = [set(zip(*(t.tolist() for t in highest(s, fraction, scope)), strict=True)) for s in signed]
         overlaps.append(len(chosen[0] & chosen[1]) / len(chosen[0]))

@@ -110,6 +110,8 @@ def matched_to(stats: UnitStats, heldout: UnitStats | None) -> UnitStats:
     Raises: UsageError where there are no held-out statistics, or no training statistics that match them.
     """
     heldout = required(heldout)
+    if heldout.count < 2:
+        raise UsageError(f"expected at least two held-out images for UnitMem, got {heldout.count}: score more of them")
     if heldout.segments != stats.segments or heldout.shape != stats.shape:
         raise UsageError(
             f"expected held-out statistics of the same units and segments, got shape {heldout.shape} with segments "
@@ -127,10 +129,15 @@ def matched_to(stats: UnitStats, heldout: UnitStats | None) -> UnitStats:
 def find_matched(stats: UnitStats, heldout: UnitStats) -> UnitStats | None:
     """Return the training statistics, of all images or of a part, that match a held-out set in size and classes.
 
-    Return None where neither all training images nor ``stats.matched`` match it to within 2 % or one image.
+    Return None where neither all training images nor ``stats.matched`` match it to within 2 % or one image, or where
+    there are fewer than two images, of which UnitMem is not defined.
     """
+    if heldout.count < 2:
+        return None
     allowed = max(1, 0.02 * heldout.count)
-    return next((s for s in (stats, stats.matched) if s is not None and _differ(s, heldout) <= allowed), None)
+    return next(
+        (s for s in (stats, stats.matched) if s is not None and s.count > 1 and _differ(s, heldout) <= allowed), None
+    )
 
 
 def _differ(stats: UnitStats, heldout: UnitStats) -> int:

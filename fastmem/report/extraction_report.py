@@ -50,7 +50,7 @@ def describe(extraction: Extraction, associations: Mapping[str, Association]) ->
         ),
         "extracted_distinct": _by_prefix(keys, [train.distinct(p) for p in range(len(keys))]),
         "ceiling": int((train.ceiling[train.candidate] > extraction.threshold).sum()) if judged else None,
-        "token_match": _by_prefix(keys, [round(float(row[train.candidate].mean()), 6) for row in train.match]),
+        "token_match": _by_prefix(keys, [_mean(row[train.candidate]) for row in train.match]),
         "false_alarm_threshold": _by_prefix(keys, [None if t is None else round(t, 6) for t in thresholds]),
         "extracted_at_false_alarms": _by_prefix(
             keys,
@@ -82,6 +82,11 @@ def describe(extraction: Extraction, associations: Mapping[str, Association]) ->
 
 def _by_prefix(keys: list[str], values: list[Any]) -> dict[str, Any]:
     return dict(zip(keys, values, strict=True))
+
+
+def _mean(values: np.ndarray) -> float | None:
+    """The mean, or None of no values."""
+    return round(float(values.mean()), 6) if len(values) else None
 
 
 def _interval(count: Count) -> list[float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from fastmem.data.sources import ImageSource
+from fastmem.errors import UsageError
 from fastmem.files import write_json
 from fastmem.models.model import Model
 from fastmem.ranking.gap import Gap, gap
@@ -57,10 +59,12 @@ def find(result: ScoreResult) -> ScoreFindings:
     """Return the findings of a scoring run: top units, reliability, gap, membership inference and owned units."""
     stats, heldout, manifest = result.train, result.heldout, result.manifests["train"]
     top = top_units(stats, SHEET_UNITS)
-    found_gap = None
+    found_gap: Gap | None = None
     # where damaged files were skipped, the held-out set may no longer match any part of the training images
     if heldout is not None and heldout.count and top and find_matched(stats, heldout) is not None:
-        found_gap = gap(stats, heldout)
+        # folds of fewer than two images have no UnitMem to compare
+        with suppress(UsageError):
+            found_gap = gap(stats, heldout)
     rankings = [by for by in RANKINGS if top and _can_rank(by, stats, found_gap)]
     reliabilities = {by: reliability(stats, FRACTION, by, heldout=heldout) for by in rankings}
     owned = {
@@ -74,6 +78,8 @@ def find(result: ScoreResult) -> ScoreFindings:
 def _can_rank(by: str, stats: UnitStats, found_gap: Gap | None) -> bool:
     if by == "gap":
         return found_gap is not None
+    if by in stats.undefined:
+        return False
     # a run merged from parts may lack the statistics by class, and a summary of them
     return by != "within-class" or stats.known_summary is not None or stats.rows is not None
 
@@ -132,6 +138,7 @@ def write_report(
         "images_per_second": round(result.images_per_second, 3),
         "skipped": len(result.skipped),
         "skipped_images": [{"name": s.name, "reason": s.reason} for s in result.skipped],
+        "undefined": stats.undefined,
         "reliability": {by: _numbers(asdict(r)) for by, r in found.reliability.items()},
         "gap": None if found.gap is None else gap_document(found.gap, stats),
         "membership": {by: m.document() for by, m in found.membership.items()},

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ class TopUnit:
         segment: name of the segment in which its UnitMem is highest.
         unit: position of the unit in its block, from 0.
         unitmem: UnitMem in that segment.
-        class_selectivity: class selectivity in that segment.
+        class_selectivity: class selectivity in that segment; None where there is one class.
         image_ids: ids of the images with the largest responses, largest first.
         responses: responses to these images.
     """
@@ -35,7 +36,7 @@ class TopUnit:
     segment: str
     unit: int
     unitmem: float
-    class_selectivity: float
+    class_selectivity: float | None
     image_ids: tuple[int, ...]
     responses: tuple[float, ...]
 
@@ -43,13 +44,14 @@ class TopUnit:
 def top_units(stats: UnitStats, count: int) -> list[TopUnit]:
     """Return the ``count`` units of highest UnitMem, highest first; the highest value over the segments counts.
 
-    Of units with equal values, the one in the lower layer or at the lower position comes first.
+    There are none of fewer than two images. Of units with equal values, the one in the lower layer or at the lower
+    position comes first.
     """
     segments = ranked_segments(stats)
-    if not segments:
+    if not segments or "unitmem" in stats.undefined:
         return []
     best, which = stats.unitmem()[:, segments].max(1)
-    selectivity = stats.class_selectivity()
+    selectivity = None if "class-selectivity" in stats.undefined else stats.class_selectivity()
     found = []
     layer_of, unit_of = highest(best, min(1.0, count / best.numel()), "global")
     for layer, unit in zip(layer_of.tolist(), unit_of.tolist(), strict=True):
@@ -61,7 +63,7 @@ def top_units(stats: UnitStats, count: int) -> list[TopUnit]:
                 stats.segments[segment],
                 unit,
                 float(best[layer, unit]),
-                float(selectivity[layer, segment, unit]),
+                None if selectivity is None else float(selectivity[layer, segment, unit]),
                 tuple(stats.top_image[layer, segment, unit][kept].tolist()),
                 tuple(stats.top_value[layer, segment, unit][kept].tolist()),
             )
@@ -78,6 +80,8 @@ def write_unit_table(
     path: Path, stats: UnitStats, heldout: UnitStats | None, names: Mapping[int, str], gap: Gap | None = None
 ) -> None:
     """Write one row for every layer, segment and unit, with its scores, moments and images of largest response.
+
+    Scores that the images do not have, such as UnitMem of one image, are null.
 
     Args:
         path: the parquet file to write.
@@ -96,14 +100,18 @@ def write_unit_table(
     def flat(values: Tensor) -> np.ndarray:
         return values.flatten().numpy()
 
+    def defined(of: UnitStats, score: str, values: Callable[[], Tensor]) -> Any:
+        nothing = pyarrow.nulls(len(grid), pyarrow.float64())
+        return nothing if score in of.undefined else flat(values())
+
     images = stats.top_image.reshape(-1, stats.k).tolist()
     columns = {
         "layer": pyarrow.array(grid[:, 0].numpy().astype(np.int32)),
         "segment": pyarrow.DictionaryArray.from_arrays(grid[:, 1].numpy().astype(np.int32), list(stats.segments)),
         "unit": pyarrow.array(grid[:, 2].numpy().astype(np.int32)),
-        "unitmem": flat(stats.unitmem()),
-        "within_class_unitmem": flat(stats.within_class_unitmem()),
-        "class_selectivity": flat(stats.class_selectivity()),
+        "unitmem": defined(stats, "unitmem", stats.unitmem),
+        "within_class_unitmem": defined(stats, "within-class", stats.within_class_unitmem),
+        "class_selectivity": defined(stats, "class-selectivity", stats.class_selectivity),
         "mean": flat(stats.mean),
         "variance": flat(stats.var),
         "view_variance": flat(stats.view_var),
@@ -112,7 +120,7 @@ def write_unit_table(
         "top_responses": [[v for v in row if v >= 0] for row in stats.top_value.reshape(-1, stats.k).tolist()],
     }
     if heldout is not None:
-        columns["heldout_unitmem"] = flat(heldout.unitmem())
+        columns["heldout_unitmem"] = defined(heldout, "unitmem", heldout.unitmem)
         columns["heldout_mean"] = flat(heldout.mean)
     if gap is not None:
         columns["gap"] = flat(gap.value)

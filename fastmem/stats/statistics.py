@@ -127,14 +127,34 @@ class UnitStats:
         """Statistics of the folds, which share no image, have alike shares of every class and merge to these."""
         return self.parts or (self,)
 
+    @property
+    def undefined(self) -> dict[str, str]:
+        """What the scores that these images do not have would need, by the names that `select` takes."""
+        classes = [count for count in self.class_counts.values() if count]
+        needs = {
+            "unitmem": (self.count > 1, f"at least two images for UnitMem, got {self.count}"),
+            "within-class": (
+                max(classes, default=0) > 1,
+                "a class of at least two images for within-class UnitMem, got none",
+            ),
+            "class-selectivity": (
+                len(classes) > 1,
+                f"images of at least two classes for class selectivity, got {len(classes)}",
+            ),
+        }
+        return {score: need for score, (met, need) in needs.items() if not met}
+
     def unitmem(self) -> Tensor:
         """How strongly a unit answers to one image alone, float64 [layers,segments,units] in [0,1].
 
         UnitMem = (mu_max - mu_rest) / (mu_max + mu_rest), where mu_max is the largest response of an image and mu_rest
         the mean response of all other images.
 
+        Raises: UsageError for fewer than two images.
+
         Source: arXiv 2409.19069, with the mean in place of the median, which does not stream.
         """
+        self._check_defined("unitmem")
         return contrast(self.top_value[..., 0].clamp_min(0), self.mean * self.count, self.count)
 
     def within_class_unitmem(self) -> Tensor:
@@ -142,8 +162,9 @@ class UnitStats:
 
         float64 [layers,segments,units] in [0,1].
 
-        Raises: UsageError where neither class rows nor their summary were kept.
+        Raises: UsageError where no class has two images, or where neither class rows nor their summary were kept.
         """
+        self._check_defined("within-class")
         return self._summary().within
 
     def within_class_image(self) -> Tensor:
@@ -160,8 +181,9 @@ class UnitStats:
 
         It is UnitMem's formula over the mean responses of classes in place of the responses of images.
 
-        Raises: UsageError where neither class rows nor their summary were kept.
+        Raises: UsageError for fewer than two classes, or where neither class rows nor their summary were kept.
         """
+        self._check_defined("class-selectivity")
         summary = self._summary()
         return contrast(summary.largest, summary.total, summary.count)
 
@@ -248,6 +270,10 @@ class UnitStats:
         if mine is None or theirs is None or not self.class_counts.keys().isdisjoint(other.class_counts):
             return None
         return mine.merge(theirs)
+
+    def _check_defined(self, score: str) -> None:
+        if score in self.undefined:
+            raise UsageError(f"expected {self.undefined[score]}: score more images")
 
     def _kept_rows(self) -> ClassRows:
         if self.rows is None:

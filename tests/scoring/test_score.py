@@ -162,7 +162,7 @@ def test_nothing_but_broken_files_gives_empty_statistics(toy_model, tmp_path):
     (tmp_path / "data" / "a" / "1.png").write_bytes(b"")
     result = score(toy_model, FolderSource(tmp_path / "data"))
     assert (result.train.count, len(result.skipped)) == (0, 1)
-    assert not result.train.unitmem().any()
+    assert result.train.undefined.keys() == {"unitmem", "within-class", "class-selectivity"}
 
 
 # a process that scores toy images slowly enough to be stopped on the way, saving after every work unit

@@ -23,7 +23,6 @@ def test_statistics_equal_the_literal_definition(data):
     np.testing.assert_allclose(stats.mean, image.mean(0), rtol=1e-12)
     np.testing.assert_allclose(stats.var, image.var(0), rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(stats.view_var, responses.var(1).mean(0), rtol=1e-9, atol=1e-12)
-    np.testing.assert_allclose(stats.unitmem(), literal_contrast(image), atol=1e-12)
     labels = np.unique(data["labels"])
     assert stats.class_ids.tolist() == labels.tolist()
     per_class = [image[data["labels"] == label] for label in labels]
@@ -31,9 +30,23 @@ def test_statistics_equal_the_literal_definition(data):
     class_mean = np.stack([values.mean(0) for values in per_class])
     np.testing.assert_allclose(stats.class_mean, class_mean, rtol=1e-12)
     np.testing.assert_allclose(stats.class_var, [values.var(0) for values in per_class], rtol=1e-9, atol=1e-12)
-    np.testing.assert_allclose(stats.class_selectivity(), literal_contrast(class_mean), atol=1e-12)
-    within = np.max([literal_contrast(values) for values in per_class], axis=0)
-    np.testing.assert_allclose(stats.within_class_unitmem(), within, atol=1e-12)
+    expected = {
+        "unitmem": (stats.unitmem, literal_contrast(image), len(image)),
+        "class-selectivity": (stats.class_selectivity, literal_contrast(class_mean), len(labels)),
+        "within-class": (
+            stats.within_class_unitmem,
+            np.max([literal_contrast(values) for values in per_class], axis=0),
+            max(map(len, per_class)),
+        ),
+    }
+    assert stats.undefined.keys() == {name for name, (_, _, count) in expected.items() if count < 2}
+    for name, (score, values, count) in expected.items():
+        if count < 2:
+            # the mean of all others does not exist
+            with pytest.raises(UsageError, match=stats.undefined[name]):
+                score()
+        else:
+            np.testing.assert_allclose(score(), values, atol=1e-12)
 
 
 @pytest.mark.parametrize("data", CASES.values(), ids=CASES)
@@ -87,7 +100,8 @@ def test_merging_an_empty_part_changes_nothing():
     for merged in (whole.merge(empty), empty.merge(whole)):
         assert_same(merged, whole, 0)
     assert empty.count == 0
-    assert not empty.unitmem().any()
+    with pytest.raises(UsageError, match="at least two images for UnitMem, got 0"):
+        empty.unitmem()
 
 
 def test_folds_merge_to_the_whole_bit_for_bit():
