@@ -27,8 +27,8 @@ def home() -> Path:
             "FASTMEM_HOME to a folder"
         ) from error
     try:
-        # not a question of the folder itself, which an unreadable parent would answer with no
-        (folder / ".").stat()
+        # the dot tells a folder from a file
+        os.stat(os.path.join(folder, "."))
         problem = None if os.access(folder, os.R_OK | os.X_OK) else "one that cannot be read"
     except FileNotFoundError:
         problem = None

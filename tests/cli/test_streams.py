@@ -31,7 +31,6 @@ def fastmem(words: str, redirection: str = "", **environment: str | None) -> tup
 
 ENDINGS = {
     "no reader": ("models", "| true", 141, ""),
-    "a reader that leaves": ("models", "| head -c 1 > /dev/null", 141, ""),
     "a full disk": ("models --json", "> /dev/full", 2, "fastmem: expected to be able to print, got No space left"),
     "help to a full disk": ("--help", "> /dev/full", 2, "fastmem: expected to be able to print"),
     "closed stdout": ("models", ">&-", 0, ""),
@@ -48,25 +47,30 @@ def test_streams_that_cannot_be_written_end_the_run_in_order(words, redirection,
     assert len(err.splitlines()) == bool(told)
 
 
-@pytest.mark.parametrize("encoding", ["ascii:strict", "latin-1", "utf-8"])
+@pytest.mark.parametrize("encoding", ["ascii:strict", "latin-1"])
 def test_a_name_that_the_encoding_lacks_is_escaped(encoding, tmp_path):
     home_folder = tmp_path / "\u732b\x1b"
     code, out, err = fastmem("models", PYTHONIOENCODING=encoding, FASTMEM_HOME=str(home_folder), PYTHONUTF8="0")
     assert (code, err) == (0, "")
-    assert f"{'\u732b' if encoding == 'utf-8' else chr(92) + 'u732b'}\\x1b/weights" in out
-    code, out, _ = fastmem("models --json", PYTHONIOENCODING=encoding, FASTMEM_HOME=str(home_folder))
-    assert json.loads(out)["models"][0]["files"][0].startswith(str(home_folder))
+    assert r"\u732b\x1b/weights" in out
+
+
+def test_json_is_ascii_and_keeps_the_true_name(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTMEM_HOME", str(tmp_path / "\u732b\x1b\udcff"))
+    code, out, _ = run(capsys, "models", "--json")
+    assert (code, out.isascii()) == (0, True)
+    assert json.loads(out)["models"][0]["files"][0].startswith(str(tmp_path / "\u732b\x1b\udcff"))
 
 
 def test_names_that_would_act_on_a_terminal_are_escaped_in_all_that_is_printed(capsys, tmp_path):
     data = tmp_path / "data"
-    for label in ("one\x1b[2J", "[bold]two\n"):
-        (data / label).mkdir(parents=True)
-        for name, pixels in zip(NAMES, random_images(len(NAMES), 64), strict=True):
-            Image.fromarray(pixels).save(data / label / f"{name}.png")
-        (data / label / "bad\x1b[31m.png").write_bytes(b"")
+    folder = data / "one\x1b[2J"
+    folder.mkdir(parents=True)
+    for name, pixels in zip(NAMES, random_images(len(NAMES), 64), strict=True):
+        Image.fromarray(pixels).save(folder / f"{name}.png")
+    (folder / "bad\x1b[31m.png").write_bytes(b"")
     common = ("--model", "rar-tiny", "--data", data, "--views", "center", "--no-class-check")
-    code, out, err = run(capsys, "score", *common, "--heldout", data, "--out", tmp_path / "run")
+    code, out, err = run(capsys, "score", *common, "--out", tmp_path / "run")
     assert code == 0, err
     assert not [c for c in out + err if not c.isprintable() and c != "\n"]
     assert "skipped one\\x1b[2J/bad\\x1b[31m.png" in err
