@@ -55,6 +55,9 @@ def default_folder(model: str) -> Path:
             if not path.parent.is_dir():
                 raise UsageError(f"expected a folder {path.parent}, got a file: choose --out") from None
             number += 1
+        except FileNotFoundError:
+            # another process had nothing to keep, and removed the parent at this moment
+            continue
         except OSError as error:
             raise UsageError(
                 f"expected to be able to make the folder {path}, got {error.strerror or error}: choose another --out"
@@ -103,8 +106,9 @@ def out_folder(model: str, out: str | os.PathLike[str] | None) -> Iterator[Path]
         yield path
     finally:
         with suppress(OSError):
-            # only an empty folder can be removed so
+            # only empty folders can be removed so
             path.rmdir()
+            path.parent.rmdir()
 
 
 @dataclass(frozen=True)
