@@ -24,7 +24,12 @@ RANKED = [0]
 def test_a_selection_ranks_by_its_literal_score(data, by):
     # of the two segments the second is class-only and never enters
     scores = literal_scores(data)[by][:, RANKED].max(1).ravel()
-    found = select(build(data), fraction=0.5, by=by)
+    stats = build(data)
+    if by in stats.undefined:
+        with pytest.raises(UsageError, match=stats.undefined[by]):
+            select(stats, fraction=0.5, by=by)
+        return
+    found = select(stats, fraction=0.5, by=by)
     assert len(found) == 3
     np.testing.assert_allclose(found.score, np.sort(scores)[::-1][:3], atol=1e-9)
     chosen = (found.layer * UNITS + found.unit).numpy()
