@@ -24,7 +24,8 @@ from fastmem.models.tokenizer import Tokenizer
 
 # keys under which trainers keep the state dict inside a larger file, outermost first
 WRAPPERS = ("trainer", "var_wo_ddp", "module", "state_dict", "model")
-PARALLEL_PREFIX = "module."
+# what data-parallel training and torch.compile put before every name, in any order
+PREFIXES = ("module.", "_orig_mod.")
 NAMES_SHOWN = 3
 
 
@@ -52,8 +53,15 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
 
 def _torch_load(path: Path) -> object:
-    # files from before torch 1.6 are no zip archives and cannot be mapped
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=_can_be_mapped(path))
+
+
+def _can_be_mapped(path: Path) -> bool:
+    # files from before torch 1.6 are no zip archives, and the bytes of a compressed member are not its tensor
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return all(member.compress_type == zipfile.ZIP_STORED for member in archive.infolist())
 
 
 def unwrap(content: object, path: Path) -> dict[str, Tensor]:
@@ -62,7 +70,10 @@ def unwrap(content: object, path: Path) -> dict[str, Tensor]:
     Raises:
         InputFileError: there is none; the message names the file ``path``.
     """
-    while isinstance(content, Mapping):
+    seen: set[int] = set()
+    # a wrapper may hold itself
+    while isinstance(content, Mapping) and id(content) not in seen:
+        seen.add(id(content))
         inner = next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
         if inner is None:
             break
@@ -72,8 +83,10 @@ def unwrap(content: object, path: Path) -> dict[str, Tensor]:
             f"expected a state dict of tensors in {path}, bare or under {', '.join(WRAPPERS)}, got something else: "
             "is it a checkpoint?"
         )
-    if all(name.startswith(PARALLEL_PREFIX) for name in content):
-        content = {name.removeprefix(PARALLEL_PREFIX): value for name, value in content.items()}
+    if not all(isinstance(name, str) for name in content):
+        raise InputFileError(f"expected names of entries that are text in {path}, got others: is it a checkpoint?")
+    while prefix := next((p for p in PREFIXES if all(name.startswith(p) for name in content)), None):
+        content = {name.removeprefix(prefix): value for name, value in content.items()}
     return dict(content)
 
 
@@ -208,8 +221,9 @@ def load_model(
         networks = build_networks(entry, shapes_of(states[0]))
     for network, state, path, kind in zip(networks, states, paths, (floating, torch.float32), strict=True):
         check_state(entry, network, state, path)
+        expected, learned = network.state_dict(), dict(network.named_parameters())
         for key in state:
-            state[key] = state[key].to(target, kind if state[key].is_floating_point() else None)
+            state[key] = _converted(key, state[key], expected[key], kind, path, key not in learned).to(target)
         network.load_state_dict(state, strict=True, assign=True)
         state.clear()
     family: type[Model] = import_module(entry.module).model_class
@@ -218,6 +232,53 @@ def load_model(
     model.checkpoint_file = None if checkpoint is None else Path(checkpoint).absolute()
     model.tokenizer_file = None if tokenizer is None else Path(tokenizer).absolute()
     return model
+
+
+def _converted(name: str, value: Tensor, expected: Tensor, kind: torch.dtype, path: Path, masks: bool) -> Tensor:
+    """Return an entry in the type it is used in.
+
+    Args:
+        name: of the entry.
+        value: the entry, as it was read.
+        expected: the network's own, on the meta device.
+        kind: the floating type of the network.
+        path: the file, named in messages.
+        masks: the entry is not learned, and may be a mask, which holds minus infinity.
+
+    Raises: InputFileError for an entry of another kind of number, or with NaN or infinity; UsageError where the
+    conversion makes it infinite.
+    """
+    plain = value.layout is torch.strided and not value.is_quantized and value.device.type != "meta"
+    if not plain or value.is_floating_point() != expected.is_floating_point() or value.is_complex():
+        wanted = "floating-point" if expected.is_floating_point() else "whole"
+        raise InputFileError(
+            f"expected {name} as plain {wanted} numbers in {path}, got {value.dtype} on {value.device.type}, "
+            f"{value.layout}: save it as a dense tensor of {expected.dtype}"
+        )
+    if not value.is_floating_point():
+        return value
+    if not _is_finite(value, masks):
+        raise InputFileError(
+            f"expected finite numbers in {path}, got NaN or infinity in {name}: are the weights whole?"
+        )
+    converted = value.to(kind)
+    if converted.dtype != value.dtype and not _is_finite(converted, masks):
+        raise UsageError(
+            f"expected weights that {str(kind).removeprefix('torch.')} can hold, got larger ones in {name} of {path}: "
+            "use --dtype float32 or bfloat16"
+        )
+    return converted
+
+
+def _is_finite(value: Tensor, masks: bool) -> bool:
+    # one pass and no copy: the smallest and the largest of numbers with a NaN among them are NaN
+    if value.element_size() == 1:
+        # there are no such operators for numbers of 8 bits
+        value = value.float()
+    if not value.numel():
+        return True
+    lowest, highest = torch.aminmax(value)
+    return bool(highest.isfinite() | ((highest == -torch.inf) & masks)) and (masks or bool(lowest.isfinite()))
 
 
 def _find_file(entry: ModelEntry, given: str | Path | None, official: OfficialFile) -> Path:
