@@ -225,7 +225,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(tmp_path, undisturbed, cache):
 def test_ctrl_c_keeps_what_was_finished(tmp_path):
     child = start_child(tmp_path / "run", 0.05)
     talk = stop_after(child, 10, signal.SIGINT)
-    assert "KeyboardInterrupt" in talk
+    assert "Stopped" in talk
     from fastmem.files import read_tensors
     from fastmem.scoring.score import STATE_SCHEMA
 
