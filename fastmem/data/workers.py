@@ -157,7 +157,8 @@ def _receive(workers: list[_Worker], number: int, slot_bytes: int) -> Any:
     start, buffers = _slot_of(number, len(workers), slot_bytes), []
     for size in sizes:
         assert worker.memory is not None
-        buffers.append(bytearray(memoryview(worker.memory)[start : start + size]))
+        # numpy asks the system for large pages, which makes this copy several times as fast as one to a bytearray
+        buffers.append(np.frombuffer(worker.memory, np.uint8, size, start).copy())
         start += size
     return pickle.loads(content, buffers=buffers)
 
