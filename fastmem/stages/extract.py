@@ -70,7 +70,7 @@ class DocumentShape(TypedDict):
     """The entries of result.json that are read again."""
 
     extracted: dict[str, int]
-    extracted_original: dict[str, int]
+    extracted_original: dict[str, int | None]
     candidates: int
     threshold: float
     settings: dict[str, Any]
