@@ -189,4 +189,4 @@ def test_inputs_that_are_missing_are_named(tmp_path):
         RunInputs.load(RunFolder(tmp_path), "a run")
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match="expected to be able to write"):
-        RunInputs("rar-tiny").save(RunFolder(tmp_path / "file"))
+        RunInputs("rar-tiny").save(RunFolder(tmp_path / "file"), "a run")
