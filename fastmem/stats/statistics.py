@@ -191,7 +191,7 @@ class UnitStats:
         """The statistics of two sets of images together, which must have no image in common.
 
         Counts, largest responses and image ids are those of one pass over all images; means and variances are equal to
-        rounding.
+        rounding. The origin no longer names a run, where the two are of different ones.
 
         Raises: UsageError for statistics of other units, segments or settings.
         """
@@ -220,7 +220,8 @@ class UnitStats:
         folder = row_folder(path)
         if self.rows is not None and self.rows.folder != folder:
             for label in sorted(self.class_counts):
-                write_rows(folder, label, [_row_or_zero(fold, label) for fold in self.folds])
+                rows = [_row_or_zero(fold, label) for fold in self.folds]
+                write_rows(folder, label, rows, owner_of(self.origin))
         tensors, header = _pack(self, "")
         if self.matched is not None:
             more, header["matched"] = _pack(self.matched, MATCHED)
@@ -262,8 +263,14 @@ class UnitStats:
             Counter(self.class_counts) + Counter(other.class_counts),
             None if self.rows is None or other.rows is None else self.rows.merge(other.rows),
             self._merge_summaries(other),
-            origin=self.origin,
+            origin=self._merge_origins(other),
         )
+
+    def _merge_origins(self, other: UnitStats) -> Mapping[str, Any] | None:
+        mine, theirs = self.origin, other.origin
+        if mine is None or owner_of(mine) == owner_of(theirs):
+            return mine
+        return {key: value for key, value in mine.items() if key not in owner_of(mine)}
 
     def _merge_summaries(self, other: UnitStats) -> ClassSummary | None:
         mine, theirs = self.known_summary, other.known_summary

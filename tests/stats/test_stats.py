@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from functools import reduce
 
 import numpy as np
@@ -113,6 +115,38 @@ def test_folds_merge_to_the_whole_bit_for_bit():
 def test_batches_and_work_units_do_not_change_the_statistics():
     data = make_data(37, 3)
     assert_same(build(data, batch=1), build(data, batch=37), 1e-12)
+
+
+def of_run(stats: UnitStats, run: str) -> UnitStats:
+    """The statistics as those of the training images of a run, fold by fold."""
+    origin = {"model": "test", "run": run, "set": "train"}
+    return replace(stats, origin=origin, parts=tuple(replace(fold, origin=origin) for fold in stats.parts))
+
+
+def test_statistics_of_a_run_can_be_saved_elsewhere_with_their_class_rows(tmp_path):
+    stats = of_run(build(make_data(30, 4)), "aaaa")
+    stats.save(tmp_path / "one.safetensors")
+    UnitStats.load(tmp_path / "one.safetensors").save(tmp_path / "two.safetensors")
+    loaded = UnitStats.load(tmp_path / "two.safetensors", {"run": "aaaa", "set": "train"})
+    assert torch.equal(loaded.class_mean, stats.class_mean)
+
+
+def test_class_rows_of_another_run_are_refused(tmp_path):
+    for run in ("aaaa", "bbbb"):
+        of_run(build(make_data(30, 4)), run).save(tmp_path / f"{run}.safetensors")
+    for row in (tmp_path / "bbbb.classes").iterdir():
+        shutil.copy(row, tmp_path / "aaaa.classes")
+    with pytest.raises(InputFileError, match="expected run aaaa .*got bbbb"):
+        UnitStats.load(tmp_path / "aaaa.safetensors").class_mean  # noqa: B018 - the property raises
+
+
+def test_statistics_of_two_runs_merge_to_those_of_none(tmp_path):
+    one, two = (of_run(build(make_data(30, 4)), run) for run in ("aaaa", "bbbb"))
+    assert one.merge(one).origin == one.origin
+    merged = one.merge(two)
+    assert merged.origin == {"model": "test"}
+    merged.save(tmp_path / "merged.safetensors")
+    assert len(UnitStats.load(tmp_path / "merged.safetensors").class_mean) == 4
 
 
 @pytest.mark.parametrize("rows", ["memory", "files", "dropped"])
