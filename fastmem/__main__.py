@@ -6,7 +6,7 @@ import os
 import signal
 from types import FrameType
 
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+from fastmem.runs.interruption import SIGNALS
 
 
 def _end(number: int, frame: FrameType | None) -> None:

@@ -88,17 +88,20 @@ def write_json(path: Path, document: Mapping[str, Any]) -> None:
 
     Raises: UsageError where the folder cannot be written.
     """
-    text = json.dumps(finite(document), indent=2, allow_nan=False) + "\n"
-    write_atomically(path, lambda partial: partial.write_text(text))
+    write_atomically(path, lambda partial: partial.write_text(as_json_text(document) + "\n"))
 
 
-def finite(value: Any) -> Any:
-    """Return a document without numbers that JSON does not have: what is not finite becomes null."""
+def as_json_text(document: Mapping[str, Any]) -> str:
+    """Return a document as JSON, with null for numbers that JSON does not have: NaN and infinity."""
+    return json.dumps(_finite(document), indent=2, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {key: finite(entry) for key, entry in value.items()}
-    return [finite(entry) for entry in value] if isinstance(value, (list, tuple)) else value
+        return {key: _finite(entry) for key, entry in value.items()}
+    return [_finite(entry) for entry in value] if isinstance(value, (list, tuple)) else value
 
 
 def read_bounded(path: Path, limit: int = JSON_BYTES) -> bytes:
@@ -134,34 +137,31 @@ def read_json(
 
     Raises: InputFileError where the file is missing, is not JSON, has another schema or type, or is another run's.
     """
-    content = read_bounded(path)
-    document: dict[str, Any] = _parse(content, path, dict[str, Any], schema)
-    if document.get("schema") != schema:
-        raise InputFileError(
-            f"expected a {schema} document in {path}, got {document.get('schema') or 'something else'}"
-        )
-    _check_shape(document, path, shape, schema)
-    check_owner(document, path, owner)
-    return document
+    return _parse(read_bounded(path), path, schema, shape, owner)
 
 
-def _parse(content: bytes | str, path: Path, shape: Any, schema: str) -> Any:
+def _parse(
+    content: bytes | str, path: Path, schema: str, shape: Any, owner: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Return a JSON document after all checks; arguments and errors are those of `read_json`."""
     try:
-        return msgspec.json.decode(content, type=shape)
+        document = msgspec.json.decode(content, type=dict[str, Any])
     except msgspec.ValidationError as error:
         raise InputFileError(f"expected a {schema} document in {path}, got something else ({error})") from error
     # a document that is nested too deep ends in a RecursionError
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InputFileError(f"expected a JSON document in {path}, got a damaged file ({error})") from error
-
-
-def _check_shape(document: Mapping[str, Any], path: Path, shape: Any, schema: str) -> None:
+    if document.get("schema") != schema:
+        found = document.get("schema") or "something else"
+        raise InputFileError(f"expected a {schema} document in {path}, got {found}")
     try:
         msgspec.convert(document, shape)
     except (msgspec.ValidationError, RecursionError) as error:
         raise InputFileError(
             f"expected a whole {schema} document in {path}, got a damaged one ({error}): make it again"
         ) from error
+    check_owner(document, path, owner)
+    return document
 
 
 def check_owner(found: Mapping[str, Any], path: Path, owner: Mapping[str, Any] | None) -> None:
@@ -244,12 +244,7 @@ def read_tensors(
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except (OSError, ValueError, RuntimeError, AttributeError, KeyError, SafetensorError) as error:
         raise InputFileError(f"expected a whole safetensors file in {path}, got a damaged one ({error})") from error
-    header = _parse(text, path, dict[str, Any], schema)
-    if header.get("schema") != schema:
-        raise InputFileError(f"expected a {schema} file in {path}, got {header.get('schema', 'something else')}")
-    _check_shape(header, path, shape, schema)
-    check_owner(header, path, owner)
-    return tensors, header
+    return tensors, _parse(text, path, schema, shape, owner)
 
 
 def check_tensors(

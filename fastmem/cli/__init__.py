@@ -80,13 +80,13 @@ def _run(args: Sequence[str] | None) -> int:
     try:
         code = cli.main(args, prog_name="fastmem", standalone_mode=False)
     except click.ClickException as error:
-        error.show()
+        error.show(sys.stderr)
         code = error.exit_code
     except FastmemError as error:
-        click.echo(f"fastmem: {error}", err=True)
+        _tell(str(error))
         code = error.exit_code
     except (click.Abort, KeyboardInterrupt) as error:
-        click.echo("fastmem: interrupted; what was finished is kept, continue with --resume", err=True)
+        _tell("interrupted; what was finished is kept, continue with --resume")
         # click turns every interruption into an abort
         cause = error.__cause__ if isinstance(error, click.Abort) else error
         code = cause.exit_code if isinstance(cause, Stopped) else INTERRUPTED
@@ -94,10 +94,14 @@ def _run(args: Sequence[str] | None) -> int:
         # torch's error is known by name, so that this module need not load torch
         if not isinstance(error, MemoryError) and type(error).__name__ != "OutOfMemoryError":
             raise
-        click.echo(
-            "fastmem: expected the batch to fit into memory, got an out-of-memory error: choose a smaller --batch-size "
-            "(what was finished is kept)",
-            err=True,
+        _tell(
+            "expected the batch to fit into memory, got an out-of-memory error: choose a smaller --batch-size "
+            "(what was finished is kept)"
         )
         code = 2
     return code if isinstance(code, int) else 0
+
+
+def _tell(sentence: str) -> None:
+    # click would write UTF-8 to a stream of another encoding that it opens itself
+    click.echo(f"fastmem: {sentence}", sys.stderr)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -16,6 +14,7 @@ import click
 from fastmem.cli.command import FROM_0, FROM_1, GENERAL, option, option_group
 from fastmem.errors import UsageError
 from fastmem.extraction.candidates import TOP_PER_CLASS
+from fastmem.files import as_json_text
 from fastmem.index.embedding import PUBLISHED_SIZE
 from fastmem.quality.samples import BATCH
 from fastmem.reporter import Reporter, printable
@@ -155,16 +154,7 @@ def tell(*lines: object) -> None:
 
 def print_json(document: Mapping[str, Any]) -> None:
     """The one JSON document on stdout."""
-    click.echo(json.dumps(_finite(document), indent=2, allow_nan=False))
-
-
-def _finite(value: Any) -> Any:
-    """A value of a document with None in place of numbers that JSON does not have."""
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    click.echo(as_json_text(document))
 
 
 def print_document(document: Mapping[str, Any], as_json: bool, in_words: Callable[[Mapping[str, Any]], None]) -> None:

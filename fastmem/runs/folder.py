@@ -223,7 +223,7 @@ class RunFolder:
         ``identity``; InputFileError where run.json is damaged.
         """
         if not self.identity_file.exists():
-            stray = next((path for path in (self.state_file, *self.path.glob("*.safetensors")) if path.exists()), None)
+            stray = next(self.path.glob("*.safetensors"), None)
             if stray is not None:
                 raise InputFileError(
                     f"expected run.json beside {stray}, which belongs to a run, got none: choose another --out"

@@ -97,17 +97,13 @@ def _read(file: Path) -> Owner | None:
         return None
 
 
-def living_owner(folder: Path) -> Owner | None:
-    """Return the process that works in a folder now; None where nobody does."""
+def living_owner(folder: Path, but: Path | None = None) -> Owner | None:
+    """Return the process that works in a folder now, other than the owner of the file ``but``; None for nobody."""
     for _, file in _owners(folder):
-        owner = _read(file)
+        owner = None if file == but else _read(file)
         if owner is not None and owner.is_alive(file):
             return owner
     return None
-
-
-class _Taken(UsageError):
-    """A folder that another process works in."""
 
 
 @contextmanager
@@ -126,17 +122,13 @@ def owned(folder: Path, work: str) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         key = str(folder.resolve())
-        if key in _HELD:
-            held = True
-        else:
-            held = False
-            file = _take(folder, Owner.this_process(work))
+        file = None if key in _HELD else _take(folder, Owner.this_process(work))
     except OSError as error:
         raise UsageError(
             f"expected a folder that can be written, got {folder} ({error.strerror or error}): choose another --out or "
             "change its rights"
         ) from error
-    if held:
+    if file is None:
         yield
         return
     _HELD.add(key)
@@ -163,7 +155,7 @@ _HELD: set[str] = set()
 def _take(folder: Path, me: Owner) -> Path:
     while True:
         before = _owners(folder)
-        _refuse_living(folder, before)
+        _refuse_living(folder)
         number = before[0][0] + 1 if before else 1
         file = folder / f"{OWNER_PREFIX}{number}"
         # the content is there from the first moment: a link appears whole, or not at all
@@ -177,9 +169,9 @@ def _take(folder: Path, me: Owner) -> Path:
         finally:
             own.unlink(missing_ok=True)
         try:
-            # who looked before this file appeared may have taken a higher number, and then has the folder
-            _refuse_living(folder, [(n, path) for n, path in _owners(folder) if n != number])
-        except _Taken:
+            # who looked at an older listing may have made a file of another number
+            _refuse_living(folder, but=file)
+        except UsageError:
             file.unlink(missing_ok=True)
             raise
         for _, old in before:
@@ -198,14 +190,13 @@ def _appear(own: Path, file: Path) -> None:
             made.write(own.read_text())
 
 
-def _refuse_living(folder: Path, owners: list[tuple[int, Path]]) -> None:
-    for _, file in owners:
-        owner = _read(file)
-        if owner is not None and owner.is_alive(file):
-            raise _Taken(
-                f"expected a folder that nobody works in, got {folder}, which {owner} has: wait for it, or choose "
-                "another --out"
-            )
+def _refuse_living(folder: Path, but: Path | None = None) -> None:
+    owner = living_owner(folder, but)
+    if owner is not None:
+        raise UsageError(
+            f"expected a folder that nobody works in, got {folder}, which {owner} has: wait for it, or choose another "
+            "--out"
+        )
 
 
 def _beat(file: Path, stopped: threading.Event) -> None:

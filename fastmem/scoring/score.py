@@ -168,6 +168,8 @@ class _Scorer:
         self.skipped: dict[str, list[Skipped]] = {}
         self.losses: dict[str, ImageLosses] = {}
         self.saved = time.monotonic()
+        # the run's inputs, as run.json has them; known as soon as the images are listed
+        self.identity: dict[str, Any] = {}
 
     def run(self, sets: Mapping[str, ImageSource], resume: bool, check_classes: bool) -> ScoreResult:
         manifests = self._manifests(sets)
@@ -246,8 +248,7 @@ class _Scorer:
 
     def _origin(self, split: str, manifest: Manifest) -> dict[str, Any]:
         return {
-            "run": run_id(self.identity),
-            "set": split,
+            **self._owner(split),
             "model": self.model.name,
             **self.model.fingerprint(),
             "manifest": manifest.hash,
