@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -27,6 +29,10 @@ WRAPPERS = ("trainer", "var_wo_ddp", "module", "state_dict", "model")
 # what data-parallel training and torch.compile put before every name, in any order
 PREFIXES = ("module.", "_orig_mod.")
 NAMES_SHOWN = 3
+# how torch's refusal of a pickle names what is in the way
+REFUSED_CLASS = re.compile(r"GLOBAL ([\w.]+)")
+# an archive that would unpack to more than this many times its size, and more than 1 GiB, is not read
+MOST_UNPACKED = 64
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
@@ -40,28 +46,73 @@ def read_state(path: Path) -> dict[str, Tensor]:
         raise InputFileError(f"expected a checkpoint at {path}, got no such file: check the path")
     try:
         content = load_file(path) if path.suffix == ".safetensors" else _torch_load(path)
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError, SafetensorError) as error:
+    # on a damaged file these libraries raise exceptions of many kinds
+    except Exception as error:
+        refused = isinstance(error, pickle.UnpicklingError)
+        named = REFUSED_CLASS.search(str(error)) if refused else None
+        if named:
+            raise InputFileError(
+                f"expected plain tensors in {path}, got {named[1]}, which is not loaded because it could run code: "
+                "save the weights alone, with torch.save(model.state_dict(), FILE)"
+            ) from error
         # torch's own text would advise to load the file unsafely
-        detail = (
-            "not plain tensors" if isinstance(error, pickle.UnpicklingError) else " ".join(str(error).split())[:160]
-        )
+        detail = "not plain tensors" if refused else " ".join(str(error).split())[:160]
         raise InputFileError(
             f"expected a whole .bin, .pth or .safetensors checkpoint of plain tensors in {path}, got one that cannot "
             f"be read ({type(error).__name__}: {detail}): fetch it again"
         ) from error
-    return unwrap(content, path)
+    state = unwrap(content, path)
+    for name, value in state.items():
+        _check_stored(name, value, path)
+    return state
 
 
 def _torch_load(path: Path) -> object:
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=_can_be_mapped(path))
-
-
-def _can_be_mapped(path: Path) -> bool:
-    # files from before torch 1.6 are no zip archives, and the bytes of a compressed member are not its tensor
+    # files from before torch 1.6 are no zip archives and cannot be mapped
     if not zipfile.is_zipfile(path):
-        return False
+        return torch.load(path, map_location="cpu", weights_only=True)
     with zipfile.ZipFile(path) as archive:
-        return all(member.compress_type == zipfile.ZIP_STORED for member in archive.infolist())
+        members = archive.infolist()
+        _check_members(archive, path.stat().st_size)
+    # torch maps a tensor from where its member begins, whatever the member's length and compression
+    stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
+    needed: Counter[int] = Counter()
+
+    def place(storage: Any, location: str) -> Any:
+        needed[storage.nbytes()] += 1
+        return storage
+
+    content = torch.load(path, map_location=place, weights_only=True, mmap=stored)
+    if needed - Counter(member.file_size for member in members):
+        raise ValueError("a tensor is larger than its data")
+    return content
+
+
+def _check_members(archive: zipfile.ZipFile, size: int) -> None:
+    """Check the checksums of an archive's members, where it has them; torch itself checks none.
+
+    Raises: ValueError where so little data of ``size`` bytes would unpack to so much; zipfile.BadZipFile where a
+    member's checksum is wrong.
+    """
+    members = archive.infolist()
+    if sum(member.file_size for member in members) > max(MOST_UNPACKED * size, 2**30):
+        raise ValueError(f"it would unpack to more than {MOST_UNPACKED} times its size")
+    for member in members:
+        # torch may be told to write no checksums, and then writes 0
+        if member.CRC:
+            with archive.open(member) as file:
+                while file.read(2**20):
+                    pass
+
+
+def _check_stored(name: str, value: Tensor, path: Path) -> None:
+    """Refuse an entry whose shape is far larger than its numbers, which repeat. Raises: InputFileError."""
+    whole = value.layout is torch.strided and value.device.type == "cpu"
+    if whole and value.nbytes > max(2**30, value.untyped_storage().nbytes()):
+        raise InputFileError(
+            f"expected {name} with all of its numbers in {path}, got {list(value.shape)} of "
+            f"{value.untyped_storage().nbytes()} bytes: save it with .contiguous()"
+        )
 
 
 def unwrap(content: object, path: Path) -> dict[str, Tensor]:
@@ -104,7 +155,8 @@ def build_networks(
     it from the row.
     """
     build: Callable[..., tuple[nn.Module, Tokenizer]] = import_module(entry.module).build
-    return build(entry.generator, entry.tokenizer, shapes)
+    # no size can be taken from an entry without dimensions or numbers
+    return build(entry.generator, entry.tokenizer, {n: s for n, s in (shapes or {}).items() if s and 0 not in s})
 
 
 def find_mismatch(expected: Mapping[str, tuple[int, ...]], got: Mapping[str, tuple[int, ...]]) -> str | None:
@@ -221,9 +273,12 @@ def load_model(
         networks = build_networks(entry, shapes_of(states[0]))
     for network, state, path, kind in zip(networks, states, paths, (floating, torch.float32), strict=True):
         check_state(entry, network, state, path)
-        expected, learned = network.state_dict(), dict(network.named_parameters())
+        expected = network.state_dict()
+        # what follows from the sizes is compared, where a family has such entries
+        find_constants: Callable[[], dict[str, Tensor]] = getattr(network, "constants", dict)
+        constants = find_constants()
         for key in state:
-            state[key] = _converted(key, state[key], expected[key], kind, path, key not in learned).to(target)
+            state[key] = _converted(key, state[key], expected[key], constants.get(key), kind, path).to(target)
         network.load_state_dict(state, strict=True, assign=True)
         state.clear()
     family: type[Model] = import_module(entry.module).model_class
@@ -234,51 +289,54 @@ def load_model(
     return model
 
 
-def _converted(name: str, value: Tensor, expected: Tensor, kind: torch.dtype, path: Path, masks: bool) -> Tensor:
+def _converted(
+    name: str, value: Tensor, expected: Tensor, constant: Tensor | None, kind: torch.dtype, path: Path
+) -> Tensor:
     """Return an entry in the type it is used in.
 
     Args:
         name: of the entry.
         value: the entry, as it was read.
         expected: the network's own, on the meta device.
+        constant: what the entry has to be, where it follows from the network's sizes; else None.
         kind: the floating type of the network.
         path: the file, named in messages.
-        masks: the entry is not learned, and may be a mask, which holds minus infinity.
 
-    Raises: InputFileError for an entry of another kind of number, or with NaN or infinity; UsageError where the
-    conversion makes it infinite.
+    Raises: InputFileError for an entry of another kind of number, with NaN or infinity, or other than ``constant``;
+    UsageError where the conversion makes it infinite.
     """
     plain = value.layout is torch.strided and not value.is_quantized and value.device.type != "meta"
+    # numbers of 8 bits have a scale beside them, which nothing here would take
+    plain = plain and not (value.is_floating_point() and value.element_size() == 1)
     if not plain or value.is_floating_point() != expected.is_floating_point() or value.is_complex():
         wanted = "floating-point" if expected.is_floating_point() else "whole"
         raise InputFileError(
             f"expected {name} as plain {wanted} numbers in {path}, got {value.dtype} on {value.device.type}, "
             f"{value.layout}: save it as a dense tensor of {expected.dtype}"
         )
-    if not value.is_floating_point():
-        return value
-    if not _is_finite(value, masks):
+    if constant is not None and not torch.equal(value, constant.to(value.dtype)):
+        raise InputFileError(
+            f"expected {name} as it follows from the network's sizes in {path}, got other numbers: are the weights "
+            "whole?"
+        )
+    if constant is not None or not value.is_floating_point():
+        return value.to(kind) if value.is_floating_point() else value
+    if not _is_finite(value):
         raise InputFileError(
             f"expected finite numbers in {path}, got NaN or infinity in {name}: are the weights whole?"
         )
     converted = value.to(kind)
-    if converted.dtype != value.dtype and not _is_finite(converted, masks):
+    if converted.dtype != value.dtype and not _is_finite(converted):
         raise UsageError(
             f"expected weights that {str(kind).removeprefix('torch.')} can hold, got larger ones in {name} of {path}: "
-            "use --dtype float32 or bfloat16"
+            f"{'use --dtype float32 or bfloat16' if kind == torch.float16 else 'are these the right weights?'}"
         )
     return converted
 
 
-def _is_finite(value: Tensor, masks: bool) -> bool:
+def _is_finite(value: Tensor) -> bool:
     # one pass and no copy: the smallest and the largest of numbers with a NaN among them are NaN
-    if value.element_size() == 1:
-        # there are no such operators for numbers of 8 bits
-        value = value.float()
-    if not value.numel():
-        return True
-    lowest, highest = torch.aminmax(value)
-    return bool(highest.isfinite() | ((highest == -torch.inf) & masks)) and (masks or bool(lowest.isfinite()))
+    return not value.numel() or bool(torch.stack(torch.aminmax(value)).isfinite().all())
 
 
 def _find_file(entry: ModelEntry, given: str | Path | None, official: OfficialFile) -> Path:

@@ -216,14 +216,11 @@ class VAR(nn.Module):
         super().__init__()
         self.config = config
         self.bounds = scale_bounds(config.patch_nums)
-        width, total = config.width, self.bounds[-1]
+        width = config.width
         self.pos_start = nn.Parameter(torch.empty(1, self.bounds[1], width))
-        self.pos_1LC = nn.Parameter(torch.empty(1, total, width))
-        levels = torch.cat([torch.full((size**2,), k) for k, size in enumerate(config.patch_nums)])
-        self.register_buffer("lvl_1L", levels[None])
-        # part of the format; the pass goes by scales and needs no mask
-        mask = torch.zeros(total, total).masked_fill(levels[:, None] < levels, -torch.inf)
-        self.register_buffer("attn_bias_for_masking", mask[None, None])
+        self.pos_1LC = nn.Parameter(torch.empty(1, self.bounds[-1], width))
+        for name, value in self.constants().items():
+            self.register_buffer(name, value)
         self.word_embed = nn.Linear(config.latent_channels, width)
         self.class_emb = nn.Embedding(config.num_classes + 1, width)
         self.lvl_embed = nn.Embedding(len(config.patch_nums), width)
@@ -231,6 +228,13 @@ class VAR(nn.Module):
         self.head_nm = BeforeHead(width)
         self.head = nn.Linear(width, config.codebook_size)
         self.reset_parameters()
+
+    def constants(self) -> dict[str, Tensor]:
+        """The entries of the state dict that follow from the scales: int64 [1,L] and float32 [1,1,L,L], by name."""
+        levels = torch.cat([torch.full((size**2,), k) for k, size in enumerate(self.config.patch_nums)])
+        # part of the format; the pass goes by scales and needs no mask
+        mask = torch.zeros(len(levels), len(levels)).masked_fill(levels[:, None] < levels, -torch.inf)
+        return {"lvl_1L": levels[None], "attn_bias_for_masking": mask[None, None]}
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
