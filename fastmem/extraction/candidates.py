@@ -22,7 +22,7 @@ from fastmem.data.loading import load_views
 from fastmem.data.manifest import Manifest
 from fastmem.data.sources import ImageSource
 from fastmem.data.views import to_unit_range
-from fastmem.errors import UsageError
+from fastmem.errors import InputFileError, UsageError
 from fastmem.files import check_tensors, read_tensors, write_tensors
 from fastmem.models.model import Model
 from fastmem.reporter import SILENT, Reporter
@@ -202,7 +202,11 @@ def collect_losses(
         tensors, header = read_tensors(state, STATE_SCHEMA, StateShape, owner)
         if header["manifest"] == manifest.hash:
             check_tensors(state, tensors, dict.fromkeys(("loss", "hits"), ("float32", (len(manifest),))))
-            losses, done = ImageLosses.of(tensors), min(header["done"], len(manifest))
+            losses, done = ImageLosses.of(tensors), header["done"]
+            if done > len(manifest):
+                raise InputFileError(
+                    f"expected at most {len(manifest)} images that are done in {state}, got {done}: remove the file"
+                )
             reporter.advance(done)
 
     def save() -> None:

@@ -6,11 +6,18 @@ import numpy as np
 import pytest
 import torch
 
-from fastmem import ArraySource, FolderSource, UsageError, score
+from fastmem import ArraySource, FolderSource, InputFileError, UsageError, score
 from fastmem.data.manifest import Manifest
 from fastmem.extraction.association import associate, find_associations
 from fastmem.extraction.attack import attack, token_match
-from fastmem.extraction.candidates import Targets, collect_losses, find_targets, highest_per_class, read_pictures
+from fastmem.extraction.candidates import (
+    STATE_SCHEMA,
+    Targets,
+    collect_losses,
+    find_targets,
+    highest_per_class,
+    read_pictures,
+)
 from fastmem.extraction.extract import check_prefixes, extract
 from fastmem.extraction.verdicts import (
     Count,
@@ -21,6 +28,7 @@ from fastmem.extraction.verdicts import (
     groups_by_cosine,
     groups_by_tokens,
 )
+from fastmem.files import read_tensors, write_tensors
 from fastmem.index.build import build_index
 from fastmem.index.embedding import embed
 from fastmem.index.search import EmbeddingIndex
@@ -87,6 +95,13 @@ def test_an_interrupted_pass_goes_on_where_it_was(toy_model, toy_source, tmp_pat
         collect_losses(toy_model, toy_source, manifest, file, batch_size=4, reporter=Reporter(advance=stop))
     assert not file.exists()
     again = []
+    state = tmp_path / "losses-state.safetensors"
+    before = state.read_bytes()
+    tensors, header = read_tensors(state, STATE_SCHEMA)
+    write_tensors(state, tensors, STATE_SCHEMA, header | {"done": 1000})
+    with pytest.raises(InputFileError, match="at most 23 images .*got 1000"):
+        collect_losses(toy_model, toy_source, manifest, file, batch_size=4)
+    state.write_bytes(before)
     found = collect_losses(toy_model, toy_source, manifest, file, batch_size=4, reporter=Reporter(advance=again.append))
     # the third batch was done and not saved
     assert again == [8, 4, 4, 4, 3]
