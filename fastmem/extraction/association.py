@@ -13,7 +13,7 @@ import numpy as np
 from fastmem.errors import UsageError
 from fastmem.extraction.extract import Extraction
 from fastmem.ranking.ownership import owned_units, owners
-from fastmem.ranking.selection import FRACTION, RANKINGS, find_matched, select
+from fastmem.ranking.selection import FRACTION, possible_rankings, select
 from fastmem.stats import UnitStats
 
 
@@ -104,11 +104,7 @@ def find_associations(extraction: Extraction, stats: UnitStats, heldout: UnitSta
     candidates = verdicts.targets.take(verdicts.candidate)
     extracted = verdicts.extracted[_longest(extraction)][verdicts.candidate]
     found = {}
-    for by in RANKINGS:
-        if by == "gap" and (heldout is None or not heldout.count or find_matched(stats, heldout) is None):
-            continue
-        if by == "within-class" and stats.known_summary is None and stats.rows is None:
-            continue
+    for by in possible_rankings(stats, heldout):
         owned = owned_units(candidates.ids, owners(stats, select(stats, FRACTION, by, heldout=heldout), heldout))
         found[by] = associate(owned > 0, extracted)
     return found

@@ -145,6 +145,22 @@ def _differ(stats: UnitStats, heldout: UnitStats) -> int:
     return sum(abs(stats.class_counts.get(c, 0) - heldout.class_counts.get(c, 0)) for c in labels)
 
 
+def possible_rankings(stats: UnitStats, heldout: UnitStats | None) -> list[str]:
+    """Return those of ``RANKINGS`` for which the statistics have what they need.
+
+    Args:
+        stats: statistics of the training images.
+        heldout: statistics of the held-out images; None leaves out the ranking by gap.
+    """
+    # a run merged from parts may lack the statistics by class, and a summary of them
+    missing = set(stats.undefined)
+    if stats.known_summary is None and stats.rows is None:
+        missing.add("within-class")
+    if "unitmem" in missing or heldout is None or find_matched(stats, heldout) is None:
+        missing.add("gap")
+    return [by for by in RANKINGS if by not in missing]
+
+
 # functions that score every unit and segment, by name; "lowest" selects the lowest UnitMem instead of the highest
 SCORES: dict[str, Callable[[UnitStats, UnitStats | None], Tensor]] = {
     "unitmem": lambda stats, heldout: stats.unitmem(),

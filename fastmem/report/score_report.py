@@ -17,7 +17,7 @@ from fastmem.models.model import Model
 from fastmem.ranking.gap import Gap, gap
 from fastmem.ranking.ownership import owned_units, owners
 from fastmem.ranking.reliability import Reliability, reliability
-from fastmem.ranking.selection import FRACTION, RANKINGS, find_matched, select
+from fastmem.ranking.selection import FRACTION, possible_rankings, select
 from fastmem.report.image_table import write_image_table
 from fastmem.report.unit_table import TopUnit, names_by_id, top_units, write_unit_table
 from fastmem.runs.folder import RESULT_SCHEMA, RunFolder
@@ -61,11 +61,13 @@ def find(result: ScoreResult) -> ScoreFindings:
     top = top_units(stats, SHEET_UNITS)
     found_gap: Gap | None = None
     # where damaged files were skipped, the held-out set may no longer match any part of the training images
-    if heldout is not None and heldout.count and top and find_matched(stats, heldout) is not None:
+    rankings = possible_rankings(stats, heldout) if top else []
+    if heldout is not None and "gap" in rankings:
         # folds of fewer than two images have no UnitMem to compare
         with suppress(UsageError):
             found_gap = gap(stats, heldout)
-    rankings = [by for by in RANKINGS if top and _can_rank(by, stats, found_gap)]
+    if found_gap is None:
+        rankings = [by for by in rankings if by != "gap"]
     reliabilities = {by: reliability(stats, FRACTION, by, heldout=heldout) for by in rankings}
     owned = {
         by: owned_units(manifest.ids, owners(stats, select(stats, FRACTION, by, heldout=heldout), heldout))
@@ -73,15 +75,6 @@ def find(result: ScoreResult) -> ScoreFindings:
     }
     kept = {by: found for by, found in reliabilities.items() if found is not None}
     return ScoreFindings(tuple(top), names_by_id(manifest), kept, found_gap, find_membership(result), owned)
-
-
-def _can_rank(by: str, stats: UnitStats, found_gap: Gap | None) -> bool:
-    if by == "gap":
-        return found_gap is not None
-    if by in stats.undefined:
-        return False
-    # a run merged from parts may lack the statistics by class, and a summary of them
-    return by != "within-class" or stats.known_summary is not None or stats.rows is not None
 
 
 def find_membership(result: ScoreResult) -> dict[str, Membership]:
