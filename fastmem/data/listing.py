@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import errno
 import os
-import struct
+import re
+import stat
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-
-import numpy as np
+from typing import NamedTuple
 
 from fastmem.data.decoding import SUFFIXES, Skipped
+from fastmem.data.system_files import is_system_name
 from fastmem.errors import InputFileError, UsageError
 
 # a larger file in a zip is left out, because it would be unpacked into memory
 MAX_ENTRY_BYTES = 256 * 2**20
 # folders of these names are taken for parts of a data set, not for classes
-_SPLIT_NAMES = frozenset(("train", "val", "valid", "validation", "test", "heldout"))
-_NO_CLASS_FOLDER = "not in a class folder"
-
-# class folder names in label order, or the path of a text file with one name per line
-Classes = str | os.PathLike[str] | Sequence[str]
+SPLIT_NAMES = frozenset(("train", "val", "valid", "validation", "test", "heldout"))
+NO_CLASS_FOLDER = "not in a class folder"
+_OUTSIDE = "its path leads out of the zip file"
+# what an entry of a folder is
+_FOLDER, _FILE = "folder", "file"
+_DRIVE = re.compile("[A-Za-z]:")
+# a flag of a file in a zip, and the methods of compression that Python unpacks step by step: of the others, a few
+# kilobytes may unpack to gigabytes at once
+_ENCRYPTED = 1
+_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
 
 def no_split(split: str, where: Path, present: Sequence[str]) -> str:
@@ -29,6 +36,33 @@ def no_split(split: str, where: Path, present: Sequence[str]) -> str:
         f"expected a split {split!r} in {where}, got the folders {', '.join(present[:8]) or 'none'}; "
         'give one of them, or "" where the class folders lie there themselves'
     )
+
+
+def mode_at(path: Path, wanted: str) -> int:
+    """Return what ``os.stat`` says of the kind of thing at ``path``; ``wanted`` names it in the error message.
+
+    Raises:
+        InputFileError: nothing is there, or it cannot be reached.
+    """
+    try:
+        return os.stat(path).st_mode
+    except (OSError, ValueError) as error:
+        missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
+        got = "nothing there" if missing else getattr(error, "strerror", None) or str(error)
+        raise InputFileError(f"expected {wanted} at {path}, got {got}; check the path") from error
+
+
+def regular(path: str, flags: int) -> int:
+    """Open a regular file, as an ``opener`` of ``open``.
+
+    Raises:
+        OSError: it cannot be opened, or is a folder, a device or a pipe, which might never end or never begin.
+    """
+    handle = os.open(path, flags | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "not a regular file", path)
+    return handle
 
 
 def _refusal(name: str) -> str | None:
@@ -43,6 +77,7 @@ def list_folder(folder: Path) -> tuple[dict[str, list[str]], list[Skipped]]:
 
     Raises:
         InputFileError: a folder cannot be listed.
+        UsageError: the name of a class folder is not UTF-8.
     """
     found: dict[str, list[str]] = {}
     skipped: list[Skipped] = []
@@ -51,14 +86,20 @@ def list_folder(folder: Path) -> tuple[dict[str, list[str]], list[Skipped]]:
     while pending:
         place, owner, prefix = pending.pop()
         for entry in _entries(place):
-            if entry.name.startswith("."):
+            if is_system_name(entry.name):
                 continue
             full = f"{owner}/{prefix}{entry.name}" if owner is not None else entry.name
+            kind = _kind(entry)
             reason = None
             if not _is_text(entry.name):
                 full = full.encode(errors="backslashreplace").decode()
                 reason = "the name is not UTF-8"
-            elif entry.is_dir():
+                if owner is None and kind == _FOLDER:
+                    raise UsageError(
+                        f"expected class folders whose names are UTF-8 in {folder}, got {full}: without it the labels "
+                        "of others would move, so rename it"
+                    )
+            elif kind == _FOLDER:
                 if entry.is_symlink() and _leads_back(entry.path):
                     reason = "a link to a folder that it is in"
                 elif owner is None:
@@ -66,17 +107,40 @@ def list_folder(folder: Path) -> tuple[dict[str, list[str]], list[Skipped]]:
                     pending.append((entry.path, entry.name, ""))
                 else:
                     pending.append((entry.path, owner, f"{prefix}{entry.name}/"))
-            elif not entry.is_file():
-                reason = "not a regular file"
+            elif kind != _FILE:
+                reason = kind
+                if owner is None and entry.is_symlink() and _refusal(entry.name):
+                    # a class folder on a disk that is not there: without it the labels of others would move
+                    found[entry.name] = []
             else:
                 reason = _refusal(entry.name)
                 if reason is None and owner is not None:
                     found[owner].append(prefix + entry.name)
                 elif reason is None:
-                    reason = _NO_CLASS_FOLDER
+                    reason = NO_CLASS_FOLDER
             if reason is not None:
                 skipped.append(Skipped(full, reason))
     return found, sorted(skipped, key=lambda item: item.name)
+
+
+def folder_names(place: Path) -> list[str]:
+    """Return the names of the folders in a folder, sorted.
+
+    Raises:
+        InputFileError: the folder cannot be listed.
+    """
+    return sorted(entry.name for entry in _entries(str(place)) if _kind(entry) == _FOLDER)
+
+
+def _kind(entry: os.DirEntry[str]) -> str:
+    """Return ``_FOLDER`` or ``_FILE``, or the reason why an entry is neither."""
+    try:
+        if entry.is_dir():
+            return _FOLDER
+        return _FILE if entry.is_file() else "not a regular file"
+    except OSError as error:
+        # links in a circle, or a link into a folder that may not be entered
+        return f"cannot be read: {error.strerror}"
 
 
 def _entries(place: str) -> list[os.DirEntry[str]]:
@@ -108,29 +172,86 @@ def open_zip(path: Path) -> zipfile.ZipFile:
     Raises:
         InputFileError: the file is missing or damaged.
     """
-    if not path.exists():
-        raise InputFileError(f"expected a zip file of images at {path}, got nothing there; check the path")
+    if not stat.S_ISREG(mode_at(path, "a zip file of images")):
+        raise InputFileError(f"expected a zip file of images at {path}, got something that is no file; check the path")
     try:
         return zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, OSError, ValueError, EOFError, NotImplementedError, struct.error) as error:
+    # a damaged directory makes the library raise exceptions of many kinds
+    except Exception as error:
         raise InputFileError(
-            f"expected a zip file of images at {path}, got one that cannot be read ({error}); copy it again"
+            f"expected a zip file of images at {path}, got one that cannot be read "
+            f"({error or type(error).__name__}); copy it again"
         ) from error
 
 
-def zip_prefix(entries: list[zipfile.ZipInfo], split: str | None, path: Path) -> str:
+class Member(NamedTuple):
+    """A file or folder in a zip file.
+
+    Attributes:
+        name: its path with ``/`` between folders, without empty parts and dots.
+        number: its position in the zip's directory.
+        is_folder: whether it is a folder.
+        refusal: why it is left out, or None.
+    """
+
+    name: str
+    number: int
+    is_folder: bool
+    refusal: str | None
+
+
+def zip_members(entries: Sequence[zipfile.ZipInfo]) -> list[Member]:
+    """Return the files and folders among the entries of a zip file's directory, without those that systems make."""
+    members = []
+    for number, entry in enumerate(entries):
+        # some programs write names with a leading "./", and some on Windows separate folders by backslashes
+        path = entry.filename.replace("\\", "/")
+        parts = [part for part in path.split("/") if part not in ("", ".")]
+        if not parts or any(is_system_name(part) for part in parts if part != ".."):
+            continue
+        outside = path.startswith("/") or ".." in parts or _DRIVE.fullmatch(parts[0]) is not None
+        name, is_folder = "/".join(parts), path.endswith(("/", "/."))
+        if outside:
+            members.append(Member(entry.filename, number, is_folder, _OUTSIDE))
+        else:
+            members.append(Member(name, number, is_folder, None if is_folder else _member_refusal(name, entry)))
+    return members
+
+
+def member_name(entry: zipfile.ZipInfo) -> str | None:
+    """Return the name that `zip_members` gives an entry, or None if it passes it over."""
+    members = zip_members([entry])
+    return members[0].name if members else None
+
+
+def _member_refusal(name: str, entry: zipfile.ZipInfo) -> str | None:
+    refusal = _refusal(name)
+    if refusal is not None:
+        return refusal
+    if entry.flag_bits & _ENCRYPTED:
+        return "encrypted"
+    if entry.compress_type not in _METHODS:
+        return f"compressed by a method that is not read (number {entry.compress_type}): pack it with deflate"
+    if stat.S_ISLNK(entry.external_attr >> 16):
+        return "a link"
+    if entry.file_size > MAX_ENTRY_BYTES:
+        return f"huge: {entry.file_size} bytes, the limit is {MAX_ENTRY_BYTES}"
+    return None
+
+
+def zip_prefix(members: Sequence[Member], split: str | None, path: Path) -> str:
     """Return the folders in a zip file that hold the class folders, as ``[top folder/][split/]``.
 
-    ``entries`` are the zip's contents. ``split`` is None for ``train`` where there is one, and ``""`` for no split.
+    ``members`` are the zip's contents. ``split`` is None for ``train`` where there is one, and ``""`` for no split.
     ``path`` names the zip in the error message.
 
     Raises:
         UsageError: the zip has no such split.
     """
-    images = [entry.filename for entry in entries if not _hidden(entry.filename) and not _refusal(entry.filename)]
+    images = [m.name for m in members if not m.is_folder and m.refusal != _OUTSIDE and not _refusal(m.name)]
     tops = sorted({name.split("/", 1)[0] for name in images if "/" in name})
     # a single top folder is a class if images lie directly in it, and else it just encloses the class folders
-    wrapped = len(tops) == 1 and tops[0] not in _SPLIT_NAMES and all(name.count("/") > 1 for name in images)
+    wrapped = len(tops) == 1 and tops[0] not in SPLIT_NAMES and all(name.count("/") > 1 for name in images)
     tried = ["", f"{tops[0]}/"] if wrapped else [""]
     wanted = "train" if split is None else split.strip("/.")
     if wanted:
@@ -142,106 +263,34 @@ def zip_prefix(entries: list[zipfile.ZipInfo], split: str | None, path: Path) ->
     return tried[-1]
 
 
-def _hidden(name: str) -> bool:
-    # the zips that macOS makes hold a second, hidden file with the metadata of every file
-    return name.startswith((".", "__MACOSX/")) or "/." in name
+def list_zip(members: Sequence[Member], prefix: str) -> tuple[dict[str, list[str]], list[Skipped], dict[str, int]]:
+    """Return the image names by class folder, the files left out, and the position of each image in the zip.
 
-
-def list_zip(entries: list[zipfile.ZipInfo], prefix: str) -> tuple[dict[str, list[str]], list[Skipped]]:
-    """Return the image names by class folder, and the files left out, among the entries that start with ``prefix``."""
+    Only members whose names start with ``prefix`` count. The positions are by ``class/name``.
+    """
     found: dict[str, list[str]] = {}
     skipped: list[Skipped] = []
-    for entry in entries:
-        if not entry.filename.startswith(prefix) or _hidden(entry.filename):
+    numbers: dict[str, int] = {}
+    for member in members:
+        if member.refusal == _OUTSIDE:
+            skipped.append(Skipped(member.name, _OUTSIDE))
             continue
-        full = entry.filename[len(prefix) :]
+        path = f"{member.name}/" if member.is_folder else member.name
+        if not path.startswith(prefix) or path == prefix:
+            continue
+        full = path[len(prefix) :]
         owner, slash, name = full.partition("/")
-        if owner and slash:
+        if slash:
             found.setdefault(owner, [])
-        if entry.is_dir():
+        if member.is_folder:
             continue
-        reason = _refusal(full)
-        if reason is None and not slash:
-            reason = _NO_CLASS_FOLDER
-        elif reason is None and (not owner or "//" in full):
-            reason = "an empty folder name in its path"
-        elif reason is None and entry.file_size > MAX_ENTRY_BYTES:
-            reason = f"huge: {entry.file_size} bytes, the limit is {MAX_ENTRY_BYTES}"
-        if reason is None:
-            found[owner].append(name)
+        if member.refusal is not None or not slash:
+            skipped.append(Skipped(full, member.refusal or NO_CLASS_FOLDER))
+            continue
+        if full in numbers:
+            # as programs that unpack zips do it, the last one counts
+            skipped.append(Skipped(full, "the zip holds a later file of the same name"))
         else:
-            skipped.append(Skipped(full, reason))
-    return found, sorted(skipped, key=lambda item: item.name)
-
-
-def in_label_order(
-    found: dict[str, list[str]], skipped: Sequence[Skipped], classes: Classes | None, where: str, *, guess: bool
-) -> tuple[list[str], np.ndarray, tuple[str, ...]]:
-    """Sort images by label and name; return names ``class/name`` [N], labels int64 [N] and the class names.
-
-    Args:
-        found: image names by class folder.
-        skipped: files that were left out, so that the message can count the images in no class folder.
-        classes: class folder names in label order, or a text file with one per line; None for sorted folder names.
-        where: the folder or zip file, named in error messages.
-        guess: refuse class folders that are all named like splits, because no split was asked for.
-
-    Raises:
-        InputFileError: the text file cannot be read.
-        UsageError: no image lies in a class folder, or ``classes`` lacks a class folder or names one twice.
-    """
-    if not any(found.values()):
-        stray = sum(file.reason == _NO_CLASS_FOLDER for file in skipped)
-        if stray:
-            lie = "1 image that lies" if stray == 1 else f"{stray} images that lie"
-            raise UsageError(
-                f"expected one folder of images per class in {where}, got {lie} in no class folder: put the images of "
-                "every class into a folder of its own, as CLASS/NAME.png, or name the split that holds the class "
-                'folders ("" for the folder itself)'
-            )
-        raise UsageError(
-            f"expected one folder of images per class in {where}, got {len(found)} folders without an image; "
-            'arrange it as CLASS/NAME.png, or name the split that holds the class folders ("" for the folder itself)'
-        )
-    if guess and found.keys() <= _SPLIT_NAMES:
-        raise UsageError(
-            f"expected class folders in {where}, got what look like splits ({', '.join(sorted(found))}); "
-            'name the split to use, or "" if these are classes'
-        )
-    ordered = tuple(sorted(found)) if classes is None else _class_order(classes)
-    missing = sorted(found.keys() - set(ordered))
-    if missing:
-        raise UsageError(
-            f"expected every class folder of {where} in the class order, got {missing[0]!r} and {len(missing) - 1} "
-            "others that are not in it; add them or remove the folders"
-        )
-    per_class = [sorted(found.get(name, ())) for name in ordered]
-    labels = np.repeat(np.arange(len(ordered), dtype=np.int64), [len(names) for names in per_class])
-    return (
-        [f"{label}/{name}" for label, names in zip(ordered, per_class, strict=True) for name in names],
-        labels,
-        ordered,
-    )
-
-
-def _class_order(classes: Classes) -> tuple[str, ...]:
-    if isinstance(classes, (str, os.PathLike)):
-        try:
-            lines = Path(classes).read_text(encoding="utf-8-sig").rstrip().splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputFileError(
-                f"expected a text file with one class folder name per line at {classes}, got {error}; check the path"
-            ) from error
-        ordered = tuple(line.strip() for line in lines)
-    else:
-        ordered = tuple(classes)
-    # an empty or repeated name would shift the labels of all classes after it
-    seen = {""}
-    for place, name in enumerate(ordered, 1):
-        if name in seen:
-            raise UsageError(
-                f"expected a different class folder name at every place of the class order, got {name!r} at place "
-                f"{place}; remove what is empty or repeated"
-            )
-        seen.add(name)
-    return ordered
+            found[owner].append(name)
+        numbers[full] = member.number
+    return found, sorted(skipped, key=lambda item: item.name), numbers

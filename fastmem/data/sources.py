@@ -9,18 +9,34 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from io import BytesIO
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
 
+from fastmem.data.class_order import Classes, in_label_order
 from fastmem.data.decoding import DamagedImage, Skipped, decode
-from fastmem.data.listing import Classes, in_label_order, list_folder, list_zip, no_split, open_zip, zip_prefix
+from fastmem.data.listing import (
+    MAX_ENTRY_BYTES,
+    folder_names,
+    list_folder,
+    list_zip,
+    member_name,
+    mode_at,
+    no_split,
+    open_zip,
+    regular,
+    zip_members,
+    zip_prefix,
+)
 from fastmem.errors import InputFileError, UsageError
 
 # a larger label without class names is taken for a mistake, because every label up to it becomes a class
@@ -31,6 +47,8 @@ DIGEST_BYTES = 16
 EMBEDDED, IN_MEMORY = "embedded", "memory"
 # files are read in blocks of this size to be hashed
 _HASHED_BYTES = 2**20
+# files in a zip are unpacked in steps of this size
+_UNPACKED_BYTES = 2**16
 
 
 def image_ids(names: Iterable[str]) -> np.ndarray:
@@ -162,16 +180,13 @@ class FolderSource(ImageSource):
 
     def __init__(self, path: str | os.PathLike[str], split: str | None = None, classes: Classes | None = None) -> None:
         root = Path(path)
-        if not root.exists():
-            raise InputFileError(f"expected a folder of images at {root}, got nothing there; check the path")
-        if not root.is_dir():
+        if not stat.S_ISDIR(mode_at(root, "a folder of images")):
             raise UsageError(f"expected a folder of images at {root}, got a file; give a folder or a .zip file")
         folder = root / split if split is not None else root / "train"
-        if split is None and not folder.is_dir():
+        if split is None and not os.path.isdir(folder):
             folder = root
-        if not folder.is_dir():
-            present = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
-            raise UsageError(no_split(split or "", root, present))
+        if not os.path.isdir(folder):
+            raise UsageError(no_split(split or "", root, folder_names(root)))
         self.folder = folder
         self.place, self.split = os.path.abspath(root), split
         found, skipped = list_folder(folder)
@@ -179,20 +194,27 @@ class FolderSource(ImageSource):
         super().__init__(names, labels, ordered, skipped, f"folder {folder}")
 
     def read(self, index: int) -> Image.Image:
-        name = str(self.names[index])
-        try:
-            with open(self.folder / name, "rb") as file:
-                return decode(file, name)
-        except OSError as error:
-            raise DamagedImage(f"cannot be read: {error.strerror}", name) from error
+        with self._opened(index) as file:
+            return decode(file, str(self.names[index]))
 
     def digest(self, index: int) -> bytes:
+        with self._opened(index) as file:
+            return _hash(iter(partial(file.read, _HASHED_BYTES), b""))
+
+    @contextmanager
+    def _opened(self, index: int) -> Iterator[BinaryIO]:
         name = str(self.names[index])
         try:
-            with open(self.folder / name, "rb") as file:
-                return _hash(iter(partial(file.read, _HASHED_BYTES), b""))
+            # what has become a pipe since it was listed would never open, or never end
+            with open(self.folder / name, "rb", opener=regular) as file:
+                yield file
         except OSError as error:
-            raise DamagedImage(f"cannot be read: {error.strerror}", name) from error
+            if not os.path.isdir(self.folder):
+                raise InputFileError(
+                    f"expected the folder of images {self.folder} until the end, got none any more; bring it back and "
+                    "run again"
+                ) from error
+            raise DamagedImage(f"cannot be read: {error.strerror or error}", name) from error
 
 
 class ZipSource(ImageSource):
@@ -216,11 +238,13 @@ class ZipSource(ImageSource):
         self._zip: zipfile.ZipFile | None = None
         self._owner = 0
         with open_zip(self.path) as archive:
-            entries = archive.infolist()
-        self._prefix = zip_prefix(entries, split, self.path)
+            members = zip_members(archive.infolist())
+        self._prefix = zip_prefix(members, split, self.path)
         description = f"zip {self.path}" + (f":{self._prefix[:-1]}" if self._prefix else "")
-        found, skipped = list_zip(entries, self._prefix)
+        found, skipped, numbers = list_zip(members, self._prefix)
         names, labels, ordered = in_label_order(found, skipped, classes, description, guess=split is None)
+        # position of each image in the zip's directory, because its name there may be written otherwise
+        self._numbers = np.array([numbers[name] for name in names], dtype=np.int64)
         super().__init__(names, labels, ordered, skipped, description)
 
     def __getstate__(self) -> dict[str, object]:
@@ -236,12 +260,19 @@ class ZipSource(ImageSource):
         # an open file and its position are shared with a forked worker, so every process opens the file itself
         if self._zip is None or self._owner != os.getpid():
             self._zip, self._owner = open_zip(self.path), os.getpid()
-        name = str(self.names[index])
+        name, number = str(self.names[index]), self._numbers[index]
+        entries = self._zip.infolist()
+        if number >= len(entries) or member_name(entries[number]) != self._prefix + name:
+            raise DamagedImage("not in the zip any more", name)
+        if entries[number].file_size > MAX_ENTRY_BYTES:
+            raise DamagedImage(f"huge: {entries[number].file_size} bytes, the limit is {MAX_ENTRY_BYTES}", name)
         try:
-            return self._zip.read(self._prefix + name)
+            # in steps, because the file may unpack to more than the size that the zip says
+            with self._zip.open(entries[number]) as file:
+                return b"".join(iter(partial(file.read, _UNPACKED_BYTES), b""))
         # compression methods, encryption and check sums all raise exceptions of their own
         except Exception as error:
-            raise DamagedImage(f"damaged in the zip: {error}", name) from error
+            raise DamagedImage(f"damaged in the zip: {error or type(error).__name__}", name) from error
 
 
 class ArraySource(ImageSource):
@@ -305,7 +336,8 @@ def open_source(
         UsageError: something else is at ``path``, or no image lies in a class folder.
     """
     place = Path(path)
-    if place.is_file() and (place.suffix.lower() == ".zip" or zipfile.is_zipfile(place)):
+    is_file = stat.S_ISREG(mode_at(place, "a folder or a zip file of images"))
+    if is_file and (place.suffix.lower() == ".zip" or zipfile.is_zipfile(place)):
         return ZipSource(place, split, classes)
     return FolderSource(place, split, classes)
 

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from fastmem import EditPlan, UnitStats, UsageError, embedded_source, load_model, score, select
+from fastmem import EditPlan, UnitStats, UsageError, ZipSource, embedded_source, load_model, score, select
 from fastmem.cli.options import parse_share
 from fastmem.data.manifest import Manifest
 from fastmem.demo.doses import IMAGES
 from fastmem.mitigation.attribution import candidate_half, halves
 from fastmem.mitigation.edited_checkpoint import save_checkpoint
-from fastmem.runs.folder import RunFolder, RunInputs
+from fastmem.runs.folder import RunFolder, RunInputs, run_id
 from fastmem.scoring.image_losses import ImageLosses
 from fastmem.stages.mitigate import CHOICES, default_name
 from fastmem.stages.opened_run import edited, open_run
@@ -32,7 +32,8 @@ def scored(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sources = [embedded_source(split) for split in ("train", "heldout")]
     settings = {"views": "center", "per_class": 2, "check_classes": False, "per_image": True}
     score(load_model("rar-tiny", device="cpu"), sources[0], heldout=sources[1], out=folder, **settings)
-    RunInputs("rar-tiny").save(RunFolder(folder))
+    run = RunFolder(folder)
+    RunInputs("rar-tiny").save(run, run_id(run.identity()))
     return folder
 
 
@@ -168,15 +169,13 @@ ROWS = {
 
 
 @pytest.fixture
-def alone(folder: Path, tmp_path: Path) -> Path:
-    """The run as if it had been scored on the training images in a zip, without held-out ones."""
-    alone = Path(shutil.copytree(folder, tmp_path / "alone"))
-    identity = json.loads((alone / "run.json").read_text())
-    del identity["manifests"]["heldout"]
-    (alone / "run.json").write_text(json.dumps(identity))
-    inputs = json.loads((alone / "inputs.json").read_text())
-    (alone / "inputs.json").write_text(json.dumps(inputs | {"data": str(IMAGES)}))
-    return alone
+def alone(tmp_path: Path) -> Path:
+    """A run over the training images in a zip, without held-out ones."""
+    settings = {"views": "center", "per_class": 1, "check_classes": False, "per_image": True}
+    score(load_model("rar-tiny", device="cpu"), ZipSource(IMAGES, "train"), out=tmp_path / "alone", **settings)
+    run = RunFolder(tmp_path / "alone")
+    RunInputs("rar-tiny", data=str(IMAGES), data_split="train").save(run, run_id(run.identity()))
+    return tmp_path / "alone"
 
 
 @pytest.mark.parametrize(("arguments", "code", "text"), ROWS.values(), ids=ROWS)

@@ -17,7 +17,7 @@ from fastmem.data.manifest import Manifest
 from fastmem.demo.controls import dose_groups
 from fastmem.extraction.verdicts import SSCDJudge
 from fastmem.mitigation.edit_file import EditPlan
-from fastmem.runs.folder import RunFolder, RunInputs
+from fastmem.runs.folder import RunFolder, RunInputs, run_id
 from fastmem.stages.evaluate import image_doses
 from fastmem.stages.opened_run import open_run
 from fastmem.stages.options import AttackOptions
@@ -43,7 +43,8 @@ def scored(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sources = [FolderSource(place / split, classes=train.classes) for split in names]
     settings = {"views": "center", "check_classes": False, "per_image": True}
     score(load_model("rar-tiny", device="cpu"), sources[0], heldout=sources[1], out=place / "run", **settings)
-    RunInputs("rar-tiny").save(RunFolder(place / "run"))
+    run = RunFolder(place / "run")
+    RunInputs("rar-tiny").save(run, run_id(run.identity()))
     return place / "run"
 
 

@@ -6,6 +6,7 @@ import io
 import os
 import pickle
 import struct
+import tracemalloc
 import zipfile
 import zlib
 from pathlib import Path
@@ -161,16 +162,99 @@ def test_a_class_order_sets_the_labels(kind: str, order: str, tmp_path: Path) ->
     assert np.array_equal(np.sort(source.ids), np.sort(image_ids(ANIMAL_NAMES)))
 
 
-def test_an_empty_class_folder_keeps_its_number(tmp_path: Path) -> None:
-    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
-        archive.writestr("bird/", b"")
-        for name, content in ANIMALS.items():
-            archive.writestr(name, content)
-    write_folder(tmp_path / "a", ANIMALS)
-    (tmp_path / "a" / "bird").mkdir()
-    for source in (FolderSource(tmp_path / "a"), ZipSource(tmp_path / "a.zip")):
-        assert source.classes == ("bird", "cat", "dog")
-        assert source.labels.tolist() == [1, 1, 1, 2]
+def with_empty(kind: str, tmp_path: Path, *names: str) -> Path:
+    path = write(kind, tmp_path, ANIMALS)
+    for name in names:
+        if kind == "folder":
+            (path / name).mkdir()
+        else:
+            with zipfile.ZipFile(path, "a") as archive:
+                archive.writestr(f"{name}/", b"")
+    return path
+
+
+@both_kinds
+def test_a_class_folder_without_images_is_refused_where_it_would_move_labels(kind: str, tmp_path: Path) -> None:
+    path = with_empty(kind, tmp_path, "bird", "lost")
+    with pytest.raises(UsageError, match=r"got none in 'bird' and 1 others: each would .*\(--classes FILE\)"):
+        open_source(path)
+    # in a given order it has a number of its own, and one that is not in the order moves nothing
+    source = open_source(path, classes=["bird", "cat", "dog"])
+    assert source.classes == ("bird", "cat", "dog")
+    assert source.labels.tolist() == [1, 1, 1, 2]
+
+
+@both_kinds
+def test_a_class_folder_of_other_files_is_refused_with_the_reason(kind: str, tmp_path: Path) -> None:
+    path = write(kind, tmp_path, ANIMALS | {"heic/1.heic": b"x"})
+    with pytest.raises(UsageError, match=r"got none in 'heic' \(heic/1.heic: not an image file \(.heic extension\)\)"):
+        open_source(path)
+
+
+SYSTEM = (
+    "__MACOSX/n01/._1.png",
+    "__MACOSX/n01/1.png",
+    "n01/__macosx/1.png",
+    "n01/@eaDir/1.png/SYNOPHOTO_THUMB_M.png",
+    "@eaDir/1.png",
+    "#recycle/1.png",
+    "#Snapshot/a/1.png",
+    "lost+found/1.png",
+    "$RECYCLE.BIN/S-1/1.png",
+    "System Volume Information/1.png",
+    "n01/.Trash-1000/1.png",
+    ".AppleDouble/1.png",
+    ".thumbnails/1.png",
+    "n01/.ipynb_checkpoints/1-checkpoint.png",
+    "@Recently-Snapshot/1.png",
+    "n01/@SynoResource/1.png",
+    "found.000/1.png",
+    "n01/._1.png",
+    "n01/.DS_Store",
+    "n01/Thumbs.db",
+    "n01/Desktop.ini",
+    "ehthumbs.db",
+    "n01/1.png:Zone.Identifier",
+    "n01/1.png@SynoEAStream",
+)
+
+
+@both_kinds
+@pytest.mark.parametrize("name", SYSTEM)
+def test_files_of_the_system_are_passed_over(kind: str, name: str, tmp_path: Path) -> None:
+    source = open_source(write(kind, tmp_path, {"n01/1.png": encoded(1), "n02/1.png": encoded(2), name: encoded(3)}))
+    assert (source.classes, list(source.names), source.skipped) == (("n01", "n02"), ["n01/1.png", "n02/1.png"], [])
+
+
+@both_kinds
+@pytest.mark.parametrize("name", ["recycled", "macosx", "snapshot", "eaDir", "@", "lost", "thumbs", "found.0000"])
+def test_a_class_may_be_named_almost_like_the_system(kind: str, name: str, tmp_path: Path) -> None:
+    assert open_source(write(kind, tmp_path, {f"{name}/1.png": encoded(1)})).classes == (name,)
+
+
+@both_kinds
+@pytest.mark.parametrize(
+    ("suffix", "file_format"),
+    [
+        (".jpg", "JPEG"),
+        (".jpeg", "JPEG"),
+        (".png", "PNG"),
+        (".ppm", "PPM"),
+        (".bmp", "BMP"),
+        (".pgm", "PPM"),
+        (".tif", "TIFF"),
+        (".tiff", "TIFF"),
+        (".webp", "WEBP"),
+        (".JPEG", "PNG"),
+        (".png", "GIF"),
+        (".gif", "BMP"),
+        (".bmp", "WEBP"),
+    ],
+)
+def test_the_content_decides_on_the_format(kind: str, suffix: str, file_format: str, tmp_path: Path) -> None:
+    content = encoded(1, mode="L" if suffix == ".pgm" else "RGB", file_format=file_format)
+    source = open_source(write(kind, tmp_path, {f"cat/1{suffix}": content}))
+    assert np.array_equal(source.read(0), decode(io.BytesIO(content)))
 
 
 @both_kinds
@@ -204,12 +288,59 @@ def test_classes_named_like_splits_can_be_asked_for(tmp_path: Path) -> None:
     assert FolderSource(tmp_path, split="").classes == ("test", "val")
 
 
-@pytest.mark.parametrize("content", [None, b"\xff\xfe\xff"], ids=["missing", "not text"])
-def test_a_class_file_that_cannot_be_read_is_an_input_error(content: bytes | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        pytest.param(None, "No such file", id="missing"),
+        pytest.param("dog\ncat".encode("utf-16"), "bytes that are not UTF-8 from 0 on", id="utf-16"),
+        pytest.param("dog\ncat".encode("utf-16-le"), "a zero byte", id="utf-16 without a mark"),
+        pytest.param("dog\ncafé".encode("latin-1"), "bytes that are not UTF-8 from 7 on", id="latin-1"),
+        pytest.param(b"dog\0cat", "a zero byte", id="zero byte"),
+        pytest.param(b"dog\n" * 100, "more than 300 bytes", id="huge"),
+    ],
+)
+def test_a_class_file_that_cannot_be_read_is_an_input_error(
+    content: bytes | None, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastmem.data.class_order.MAX_LIST_BYTES", 300)
     if content is not None:
         (tmp_path / "classes.txt").write_bytes(content)
-    with pytest.raises(InputFileError, match="one class folder name per line"):
+    with pytest.raises(InputFileError, match=f"one class folder name per line .*{message}") as refusal:
         FolderSource(write_folder(tmp_path / "a", ANIMALS), classes=tmp_path / "classes.txt")
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("kind", ["device", "pipe", "folder", "long name", "zero in the name"])
+def test_a_class_file_that_is_no_file_is_an_input_error(kind: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    places = {"device": "/dev/zero", "pipe": tmp_path / "pipe", "folder": tmp_path, "long name": "x" * 5000}
+    place = places.get(kind, "a\0b")
+    with pytest.raises(InputFileError, match="one class folder name per line"):
+        FolderSource(write_folder(tmp_path / "a", ANIMALS), classes=place)
+
+
+SYNSETS = "n01440764 tench, Tinca tinca\nn01443537 goldfish, Carassius auratus\n"
+
+
+@pytest.mark.parametrize(
+    ("folders", "text", "classes"),
+    [
+        pytest.param(("n01443537",), SYNSETS, ("n01440764", "n01443537"), id="imagenet"),
+        pytest.param(tuple(SYNSETS.splitlines()), SYNSETS, tuple(SYNSETS.splitlines()), id="folders named so"),
+        pytest.param(("big cat", "n1 dog"), "n1 dog\r\nbig cat\r\n", ("n1 dog", "big cat"), id="spaces"),
+        pytest.param(("n01443537",), "n01443537\rn01440764", ("n01443537", "n01440764"), id="numbers alone"),
+        pytest.param(("a\x85b", "c\u2028d"), "c\u2028d\na\x85b", ("c\u2028d", "a\x85b"), id="rare line ends"),
+    ],
+)
+def test_a_class_file_names_folders(folders: tuple, text: str, classes: tuple, tmp_path: Path) -> None:
+    (tmp_path / "classes.txt").write_text(text, encoding="utf-8", newline="")
+    path = write_folder(tmp_path / "a", {f"{folder}/1.png": encoded() for folder in folders})
+    assert FolderSource(path, classes=tmp_path / "classes.txt").classes == classes
+
+
+def test_names_in_a_class_order_are_text(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="got 1 at place 2"):
+        FolderSource(write_folder(tmp_path, ANIMALS), classes=["cat", 1])
 
 
 def test_missing_and_wrong_paths_are_refused(tmp_path: Path) -> None:
@@ -281,23 +412,158 @@ def test_special_files_and_links_in_a_circle_are_named(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        pytest.param(["./cat/1.png", "./dog/1.png"], id="dot slash"),
+        pytest.param(["././cat//1.png", "dog/./1.png"], id="dots and empty parts"),
+        pytest.param(["cat\\1.png", "dog\\1.png"], id="backslashes"),
+        pytest.param([".\\cat\\1.png", "dog/1.png"], id="both slashes"),
+        pytest.param(["set\\train\\cat\\1.png", "set\\train\\dog\\1.png"], id="backslashes around everything"),
+        pytest.param(["./set/cat/1.png", "./set/dog/1.png", "__MACOSX/set/cat/._1.png"], id="dot slash and a folder"),
+    ],
+)
+def test_names_in_a_zip_are_understood_however_they_are_written(names: list[str], tmp_path: Path) -> None:
+    source = ZipSource(write_zip(tmp_path / "a.zip", {name: encoded(shade) for shade, name in enumerate(names)}))
+    assert (list(source.names), source.skipped) == (["cat/1.png", "dog/1.png"], [])
+    assert np.array_equal(source.ids, image_ids(["cat/1.png", "dog/1.png"]))
+    for shade in (0, 1):
+        assert np.array_equal(source.read(shade), decode(io.BytesIO(encoded(shade))))
+
+
 def test_odd_and_huge_zip_entries_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastmem.data.listing.MAX_ENTRY_BYTES", 4000)
-    source = ZipSource(write_zip(tmp_path / "a.zip", ANIMALS | {"cat/big.png": bytes(4001), "cat//a.png": b"x"}))
+    path = write_zip(tmp_path / "a.zip", ANIMALS | {"cat/big.png": bytes(4001), "/cat/0.png": b"x"})
+    with zipfile.ZipFile(path, "a") as archive:
+        for name in ("../cat/0.png", "cat/../../0.png", "C:/cat/0.png", "..\\cat\\0.png"):
+            archive.writestr(name, b"x")
+        link = zipfile.ZipInfo("cat/link.png")
+        link.external_attr = 0o120777 << 16
+        archive.writestr(link, "a.jpeg")
+    source = ZipSource(path)
     assert list(source.names) == ANIMAL_NAMES
+    outside = "its path leads out of the zip file"
     assert source.skipped == [
-        Skipped("cat//a.png", "an empty folder name in its path"),
+        Skipped("../cat/0.png", outside),
+        Skipped("..\\cat\\0.png", outside),
+        Skipped("/cat/0.png", outside),
+        Skipped("C:/cat/0.png", outside),
+        Skipped("cat/../../0.png", outside),
         Skipped("cat/big.png", "huge: 4001 bytes, the limit is 4000"),
+        Skipped("cat/link.png", "a link"),
     ]
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
-def test_the_same_name_twice_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("other", ["cat/a.png", "./cat/a.png", "cat\\a.png", "cat//a.png"])
+def test_of_the_same_name_twice_the_last_is_read(other: str, tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
-        archive.writestr("cat/a.png", encoded())
-        archive.writestr("cat/a.png", encoded())
-    with pytest.raises(UsageError, match="for both 'cat/a.png' and 'cat/a.png'"):
-        ZipSource(tmp_path / "a.zip")
+        archive.writestr("cat/a.png", encoded(1))
+        archive.writestr(other, encoded(2))
+    source = ZipSource(tmp_path / "a.zip")
+    assert list(source.names) == ["cat/a.png"]
+    assert source.skipped == [Skipped("cat/a.png", "the zip holds a later file of the same name")]
+    assert np.array_equal(source.read(0), decode(io.BytesIO(encoded(2))))
+
+
+def patched(path: Path, field: int, size: int, value: int) -> Path:
+    """Overwrite a field of the last entry, counted from the start of its record in the zip's directory."""
+    content = bytearray(path.read_bytes())
+    at = content.rindex(b"PK\x01\x02") + field
+    content[at : at + size] = value.to_bytes(size, "little")
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("field", "size", "value", "reason"),
+    [
+        pytest.param(8, 2, 1, "encrypted", id="encrypted"),
+        *[
+            pytest.param(
+                10,
+                2,
+                method,
+                f"compressed by a method that is not read (number {method}): pack it with deflate",
+                id=name,
+            )
+            for method, name in ((9, "deflate64"), (12, "bzip2"), (14, "lzma"), (93, "zstandard"), (99, "none at all"))
+        ],
+        pytest.param(24, 4, 2**31, f"huge: {2**31} bytes, the limit is {2**28}", id="a size of 2 GiB"),
+    ],
+)
+def test_zip_entries_that_cannot_be_unpacked_are_named(
+    field: int, size: int, value: int, reason: str, tmp_path: Path
+) -> None:
+    path = write_zip(tmp_path / "a.zip", ANIMALS | {"dog/2.png": encoded()})
+    source = ZipSource(patched(path, field, size, value))
+    assert list(source.names) == ANIMAL_NAMES
+    assert source.skipped == [Skipped("dog/2.png", reason)]
+
+
+def test_a_bomb_that_says_a_small_size_stays_small(tmp_path: Path) -> None:
+    path = write_zip(tmp_path / "a.zip", ANIMALS)
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("dog/2.png", bytes(2**26))
+    source = ZipSource(patched(path, 24, 4, 1000))
+    tracemalloc.start()
+    with pytest.raises(DamagedImage, match="dog/2.png: damaged in the zip"):
+        source.read(4)
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
+
+
+def test_a_zip_that_was_exchanged_gives_damaged_images(tmp_path: Path) -> None:
+    source = ZipSource(write_zip(tmp_path / "a.zip", ANIMALS))
+    write_zip(tmp_path / "a.zip", {"bird/1.png": encoded(1)})
+    for index in (0, 3):
+        with pytest.raises(DamagedImage, match="not in the zip any more"):
+            source.read(index)
+
+
+@pytest.mark.parametrize("opened", [FolderSource, ZipSource, open_source])
+@pytest.mark.parametrize("name", ["x" * 300, "a" * 5000, "a\0b.zip", "file.zip/a"])
+def test_paths_that_cannot_be_are_refused(opened, name: str, tmp_path: Path) -> None:
+    (tmp_path / "file.zip").write_bytes(b"x")
+    with pytest.raises(InputFileError, match="check the path"):
+        opened(tmp_path / name)
+
+
+@pytest.mark.parametrize("opened", [FolderSource, ZipSource, open_source])
+def test_a_pipe_in_place_of_images_is_refused(opened, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.zip")
+    with pytest.raises(FastmemError, match="got a file|got something that is no file"):
+        opened(tmp_path / "a.zip")
+
+
+def test_links_in_a_circle_and_links_to_nothing_are_named(tmp_path: Path) -> None:
+    write_folder(tmp_path, ANIMALS)
+    (tmp_path / "cat" / "self.png").symlink_to("self.png")
+    source = FolderSource(tmp_path)
+    assert list(source.names) == ANIMAL_NAMES
+    assert [(file.name, file.reason[:16]) for file in source.skipped] == [("cat/self.png", "cannot be read: ")]
+    # a class on a disk that is not there
+    (tmp_path / "bird").symlink_to("/nowhere/bird")
+    with pytest.raises(UsageError, match="got none in 'bird'"):
+        FolderSource(tmp_path)
+    assert list(FolderSource(tmp_path, classes=["bird", "cat", "dog"]).labels) == [1, 1, 1, 2]
+
+
+def test_a_class_folder_whose_name_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    write_folder(tmp_path, ANIMALS)
+    os.mkdir(os.fsencode(tmp_path) + b"/caf\xe9")
+    with pytest.raises(UsageError, match="names are UTF-8 in .*udce9"):
+        FolderSource(tmp_path)
+
+
+@both_kinds
+def test_names_with_odd_characters_are_kept_as_they_are(kind: str, tmp_path: Path) -> None:
+    names = ["big cat/a\nb.png", "big cat/\x1b[31m.png", "big cat/猫 é.png"]
+    source = open_source(write(kind, tmp_path, dict.fromkeys(names, encoded(1))))
+    assert sorted(source.names) == sorted(names)
+    assert np.array_equal(source.ids, image_ids(source.names))
+    for index in range(3):
+        assert source.read(index).size == (6, 5)
 
 
 DAMAGED = [
@@ -329,6 +595,39 @@ def test_a_file_that_went_away_is_a_damaged_image(tmp_path: Path) -> None:
     source = FolderSource(write_folder(tmp_path, ANIMALS))
     (tmp_path / "cat" / "a.jpeg").unlink()
     with pytest.raises(DamagedImage, match="cannot be read: No such file"):
+        source.read(0)
+    os.mkfifo(tmp_path / "cat" / "a.jpeg")
+    for use in (source.read, source.digest):
+        with pytest.raises(DamagedImage, match="cannot be read: not a regular file"):
+            use(0)
+
+
+def test_a_folder_that_went_away_ends_the_run(tmp_path: Path) -> None:
+    source = FolderSource(write_folder(tmp_path / "a", ANIMALS))
+    (tmp_path / "a").rename(tmp_path / "b")
+    for use in (source.read, source.digest):
+        with pytest.raises(InputFileError, match="got none any more; bring it back") as refusal:
+            use(0)
+        assert not isinstance(refusal.value, DamagedImage)
+
+
+def test_a_disk_that_fails_is_not_called_a_damaged_image() -> None:
+    class Failing(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            if self.tell() > 100:
+                raise OSError(5, "Input/output error")
+            return super().read(size)
+
+    with pytest.raises(DamagedImage, match="^cannot be read: Input/output error$"):
+        decode(Failing(encoded(1, (64, 64), file_format="JPEG")))
+
+
+def test_a_huge_file_is_refused_before_it_is_read(tmp_path: Path) -> None:
+    source = FolderSource(write_folder(tmp_path, ANIMALS))
+    with open(tmp_path / "cat" / "a.jpeg", "wb") as file:
+        file.write(b"\x89PNG\r\n\x1a\n")
+        file.truncate(2**40)
+    with pytest.raises(DamagedImage, match=f"huge: {2**40} bytes, the limit is {2**30}"):
         source.read(0)
 
 
@@ -384,6 +683,57 @@ def test_every_kind_of_picture_becomes_rgb_as_pillow_converts_it(content: bytes)
     image = decode(io.BytesIO(content))
     assert (image.mode, image.size) == ("RGB", (6, 5))
     assert np.array_equal(image, Image.open(io.BytesIO(content)).convert("RGB"))
+
+
+def png_with(*chunks: tuple[bytes, bytes], last: bool = False) -> bytes:
+    content = encoded(1)
+    at = -12 if last else 33
+    made = b"".join(struct.pack(">I", len(c)) + k + c + struct.pack(">I", zlib.crc32(k + c)) for k, c in chunks)
+    return content[:at] + made + content[at:]
+
+
+def jpeg_with(*segments: tuple[int, bytes]) -> bytes:
+    content = encoded(1, file_format="JPEG")
+    return content[:2] + b"".join(struct.pack(">HH", m, len(c) + 2) + c for m, c in segments) + content[2:]
+
+
+def saved_with(file_format: str, **options: bytes) -> bytes:
+    buffer = io.BytesIO()
+    decode(io.BytesIO(encoded(1, file_format=file_format))).save(buffer, file_format, **options)
+    return buffer.getvalue()
+
+
+LARGE = zlib.compress(bytes(90_000_000))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param(png_with((b"iCCP", b"icc\0\0" + LARGE)), id="png profile"),
+        pytest.param(png_with((b"zTXt", b"k\0\0" + LARGE)), id="png packed text"),
+        pytest.param(png_with((b"iTXt", b"k\0\1\0\0\0" + LARGE)), id="png international text"),
+        pytest.param(png_with((b"tEXt", b"k\0" + bytes(70_000_000))), id="png text"),
+        pytest.param(png_with(*[(b"zTXt", b"k\0\0" + zlib.compress(bytes(10**6)))] * 70), id="png many texts"),
+        pytest.param(png_with((b"zTXt", b"k\0\0" + LARGE), last=True), id="png text after the pixels"),
+        pytest.param(png_with((b"eXIf", b"not exif")), id="png damaged exif"),
+        pytest.param(jpeg_with(*[(0xFFE1, b"Exif\0\0" + bytes(65_000))] * 40), id="jpeg exif"),
+        pytest.param(jpeg_with(*[(0xFFE2, b"ICC_PROFILE\0\1\1" + bytes(65_000))] * 40), id="jpeg profile"),
+        pytest.param(jpeg_with(*[(0xFFED, b"Photoshop 3.0\x00" + bytes(65_000))] * 40), id="jpeg photoshop"),
+        pytest.param(jpeg_with(*[(0xFFFE, bytes(65_000))] * 40), id="jpeg comments"),
+        pytest.param(saved_with("WEBP", lossless=True, icc_profile=bytes(5_000_000)), id="webp profile"),
+        pytest.param(saved_with("WEBP", lossless=True, exif=b"Exif\0\0" + bytes(5_000_000)), id="webp exif"),
+        pytest.param(saved_with("TIFF", icc_profile=bytes(5_000_000)), id="tiff profile"),
+        pytest.param(saved_with("GIF", comment=bytes(200_000)), id="gif comment"),
+    ],
+)
+def test_large_or_odd_metadata_does_not_matter(content: bytes) -> None:
+    image = decode(io.BytesIO(content))
+    if content.startswith((b"\x89PNG", b"II*")):
+        assert np.array_equal(image, decode(io.BytesIO(encoded(1))))
+    elif content.startswith(b"\xff\xd8"):
+        assert np.array_equal(image, decode(io.BytesIO(encoded(1, file_format="JPEG"))))
+    else:
+        assert image.size == (6, 5)
 
 
 def test_an_animation_gives_its_first_frame() -> None:

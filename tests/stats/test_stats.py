@@ -242,7 +242,7 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
     with pytest.raises(InputFileError, match="damaged"):
         UnitStats.load(path)
     path.write_bytes(next((tmp_path / "train.classes").iterdir()).read_bytes())
-    with pytest.raises(InputFileError, match=r"expected a fastmem.unit-stats/2 file"):
+    with pytest.raises(InputFileError, match=r"expected a fastmem.unit-stats/2 document"):
         UnitStats.load(path)
 
 
