@@ -23,6 +23,7 @@ from fastmem.errors import InputFileError, UsageError
 from fastmem.models.model import Model
 from fastmem.models.registry import ModelEntry, OfficialFile, entries, find_entry
 from fastmem.models.tokenizer import Tokenizer
+from fastmem.runs.ranks import local_rank
 
 # keys under which trainers keep the state dict inside a larger file, outermost first
 WRAPPERS = ("trainer", "var_wo_ddp", "module", "state_dict", "model")
@@ -217,7 +218,8 @@ def resolve_device(name: str | torch.device) -> torch.device:
         UsageError: the name is unknown, or this machine has no such device.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        # each rank of a job takes the GPU of its number on the machine
+        return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:

@@ -53,10 +53,19 @@ class Owner:
         now = f"{datetime.now():%Y-%m-%d %H:%M:%S}"
         return cls(socket.gethostname(), os.getpid(), _start_of(os.getpid()), now, work)
 
+    @property
+    def is_here(self) -> bool:
+        """Whether the owner is a process of this machine."""
+        return self.host == socket.gethostname()
+
+    def runs_here(self) -> bool:
+        """Return whether an owner on this machine still runs."""
+        return _is_running(self.process) and self.started in (0, _start_of(self.process))
+
     def is_alive(self, file: Path) -> bool:
         """Return whether the owner still runs; of one on another machine its ``file`` tells."""
-        if self.host == socket.gethostname():
-            return _is_running(self.process) and self.started in (0, _start_of(self.process))
+        if self.is_here:
+            return self.runs_here()
         with suppress(OSError):
             return time.time() - file.stat().st_mtime < DEAD_SECONDS
         return False

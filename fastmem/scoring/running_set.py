@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastmem.backends.select import UnitUpdate
 from fastmem.data.decoding import Skipped
-from fastmem.data.manifest import Manifest
+from fastmem.data.manifest import Manifest, WorkUnit
 from fastmem.models.model import TokenOutcomes
 from fastmem.scoring.image_losses import ImageLosses
 from fastmem.stats import StatsBuilder, UnitStats
@@ -96,12 +96,43 @@ class RunningSet:
 
     def end_unit(self, label: int) -> None:
         """Add the open work unit, whose images are all of class ``label``, to the results, and open the next one."""
-        self.builder.update(label, self.unit)
-        if self.matched_builder is not None:
-            self.matched_builder.update(label, self.matched_unit)
-        self.skipped += self.unit_skipped
-        self.units += 1
+        self._add(label, self.unit, self.matched_unit, self.unit_skipped)
         self._open_unit()
+
+    def _add(self, label: int, unit: list[Fold], matched: list[Fold], skipped: list[Skipped]) -> None:
+        self.builder.update(label, unit)
+        if self.matched_builder is not None:
+            self.matched_builder.update(label, matched)
+        self.skipped += skipped
+        self.units += 1
+
+    def take_unit(self, images: WorkUnit) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Close the open work unit, which is of these ``images``, without adding it; return what ``put_unit`` takes."""
+        folds = [*self.unit, *self.matched_unit]
+        tensors: dict[str, Tensor] = {}
+        for i, fold in enumerate(folds):
+            if fold.moments.count:
+                tensors |= {name: tensor.cpu().clone() for name, tensor in fold.to_tensors(f"fold{i}.").items()}
+        if self.losses is not None:
+            inside = slice(images.start, images.stop)
+            tensors |= {LOSSES + name: tensor[inside].clone() for name, tensor in self.losses.tensors().items()}
+        header = {"counts": [fold.moments.count for fold in folds], "skipped": as_rows(self.unit_skipped)}
+        self._open_unit()
+        return tensors, header
+
+    def put_unit(self, images: WorkUnit, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
+        """Add a finished work unit of these ``images``, which ``take_unit`` returned; the open one is not touched."""
+        zero = [*self.builder.zero_unit(), *(self.matched_builder.zero_unit() if self.matched_builder else [])]
+        folds = [
+            Fold.from_tensors(tensors, count, f"fold{i}.").to(self.builder.device) if count else empty
+            for i, (count, empty) in enumerate(zip(header["counts"], zero, strict=True))
+        ]
+        if self.losses is not None:
+            for name, values in self.losses.tensors().items():
+                # the tensors share the memory of the arrays
+                values[images.start : images.stop] = tensors[LOSSES + name]
+        own = len(self.unit)
+        self._add(images.label, folds[:own], folds[own:], from_rows(header["skipped"]))
 
     def finish(self, origin: Mapping[str, Any]) -> UnitStats:
         """Return the statistics of all finished work units; ``origin`` says what they were computed from."""
