@@ -26,7 +26,7 @@ from fastmem.runs.owner import Owner, owned
 BEAT_SECONDS, DEAD_SECONDS = 2.0, 60.0
 # how long the ranks of a job may take to start, and the last ones to end
 START_SECONDS, END_SECONDS = 600.0, 60.0
-WAIT_SECONDS = 0.05
+WAIT_SECONDS, ANSWER_SECONDS = 0.05, 0.5
 # units that may be finished before their turn, for every rank
 AHEAD = 4
 
@@ -304,6 +304,7 @@ def in_job() -> bool:
 def _join() -> Ranks | None:
     if not in_job():
         return None
+    from torch.distributed import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
     try:
@@ -313,7 +314,42 @@ def _join() -> Ranks | None:
             "expected ranks that reach each other through RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, got "
             f"{' '.join(str(error).split())[:160]}: start them with torchrun"
         ) from error
-    return Ranks(store, rank, size_found)
+    attempt = _begin_attempt(store, size_found) if rank == 0 else _find_attempt(store, rank)
+    return Ranks(PrefixStore(f"fastmem/{attempt}", store), rank, size_found)
+
+
+def _begin_attempt(store: Any, size: int) -> str:
+    """Return the number of this attempt at the job, and tell it every other rank that asks, in the leading rank."""
+    # after a restart torchrun's store may still hold the keys of the attempt before
+    attempt = str(store.add("fastmem/attempts", 1))
+
+    def answer() -> None:
+        asks = [f"fastmem/asks/{rank}" for rank in range(1, size)]
+        with suppress(RuntimeError, ValueError):
+            while True:
+                for key in asks:
+                    if store.check([key]):
+                        store.set(f"fastmem/answers/{store.get(key).decode()}", attempt)
+                time.sleep(ANSWER_SECONDS)
+
+    threading.Thread(target=answer, daemon=True).start()
+    return attempt
+
+
+def _find_attempt(store: Any, rank: int) -> str:
+    """Return the number of this attempt at the job, which the leading rank knows.
+
+    Raises: UsageError where that rank does not start.
+    """
+    # no earlier attempt can have answered this question
+    question, last = os.urandom(8).hex(), time.monotonic() + START_SECONDS
+    store.set(f"fastmem/asks/{rank}", question)
+    while time.monotonic() < last:
+        if store.check([f"fastmem/answers/{question}"]):
+            found: str = store.get(f"fastmem/answers/{question}").decode()
+            return found
+        time.sleep(WAIT_SECONDS)
+    raise UsageError(f"expected rank 0 to start within {START_SECONDS:.0f} s, got no answer: start all ranks together")
 
 
 def was_restarted() -> bool:
