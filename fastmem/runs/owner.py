@@ -25,6 +25,8 @@ from fastmem.files import OWNER_PREFIX, read_bounded, remove_leftovers
 
 OWNER = re.compile(re.escape(OWNER_PREFIX) + r"(\d{1,9})")
 OWNER_BYTES = 4096
+# states of a process that has ended and whose parent has not asked how, as the system writes them
+ENDED = ("Z", "X")
 # an owner on another machine shows that it lives by touching its file this often, and is dead after that long
 BEAT_SECONDS, DEAD_SECONDS = 15.0, 180.0
 
@@ -75,10 +77,20 @@ class Owner:
 
 
 def _start_of(process: int) -> int:
-    # the name of the program stands in brackets, and may hold spaces and brackets itself
-    with suppress(OSError, ValueError, IndexError):
-        return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19])
+    with suppress(ValueError, IndexError):
+        return int(_status_of(process)[19])
     return 0
+
+
+def _state_of(process: int) -> str:
+    return next(iter(_status_of(process)), "")
+
+
+def _status_of(process: int) -> list[str]:
+    # the name of the program stands in brackets, and may hold spaces and brackets itself
+    with suppress(OSError, ValueError):
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return []
 
 
 def _is_running(process: int) -> bool:
@@ -89,7 +101,7 @@ def _is_running(process: int) -> bool:
     except OSError:
         # it runs as somebody else
         return True
-    return True
+    return _state_of(process) not in ENDED
 
 
 def _owners(folder: Path) -> list[tuple[int, Path]]:

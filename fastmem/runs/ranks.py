@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from fastmem.errors import FastmemError, UsageError
+from fastmem.runs.interruption import INTERRUPTED
 from fastmem.runs.owner import Owner, owned
 
 # a rank shows that it lives this often, and is taken for dead after that long
@@ -264,6 +265,33 @@ class WorkQueue:
         if not self.ranks.leads:
             self.settled = self.first + self.ranks.count(f"{self.name}/settled")
 
+    def numbers(
+        self, holds: Callable[[], bool], stop: Callable[[], bool], settled: Callable[[int], None] = lambda number: None
+    ) -> Iterator[int | None]:
+        """Yield the numbers of units that this rank is to do, until those of all ranks are done.
+
+        The caller says `finish` of each when its result lies in a file.
+
+        Args:
+            holds: tells whether this rank has units that it has not finished; while it has, None may be yielded, which
+                says that there is none to take before they are.
+            stop: tells whether this process is to end early.
+            settled: is called, in the leading rank, with each number in order as soon as the units up to it are done.
+
+        Raises: RankLost where the leading rank is gone, LeaderFailed where it has ended the stage with an error.
+        """
+        while not stop():
+            while self.ranks.leads and self.settled < self.count and self.is_done(self.settled):
+                settled(self.settled)
+                self.settle()
+            if self.is_over:
+                return
+            number = self.take(holds())
+            if number is not None or holds():
+                yield number
+            else:
+                self.wait()
+
     def wait(self) -> None:
         """Pause, because there is nothing to do.
 
@@ -397,6 +425,6 @@ def shared(folder: Path, work: str) -> Iterator[Ranks | None]:
             yield ranks
     except BaseException as error:
         with suppress(FastmemError):
-            ranks.end(getattr(error, "exit_code", 1))
+            ranks.end(getattr(error, "exit_code", INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1))
         raise
     ranks.end(0)
