@@ -11,7 +11,7 @@ UNITS = (2, 1, 300)
 
 
 def seen(count: int, first: int, scale: float, k: int) -> Largest:
-    """The largest of ``count`` responses of every unit, with many equal ones, and ids from ``first`` on in any order."""
+    """The largest of ``count`` responses of every unit, many of them equal, and ids from ``first`` on in any order."""
     generator = torch.Generator().manual_seed(first + count)
     values = (torch.rand(*UNITS, count, generator=generator) * 20).round() / 20 * scale
     ids = first + torch.stack([torch.randperm(count, generator=generator) for _ in range(UNITS[-1])])
