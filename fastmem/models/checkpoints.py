@@ -15,9 +15,8 @@ from fastmem.errors import InputFileError, UsageError
 from fastmem.models.model import Model
 from fastmem.models.registry import ModelEntry, OfficialFile, entries, find_entry
 from fastmem.models.tokenizer import Tokenizer
-from fastmem.models.weight_files import WeightFile, read_weight_file
+from fastmem.models.weight_files import WeightFile, read_one_file, read_weight_file
 from fastmem.models.wrapped import (
-    OUTERMOST,
     Group,
     describe_content,
     find_groups,
@@ -45,14 +44,15 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
     Raises:
         InputFileError: the file is missing, damaged, or holds something other than tensors.
-        UsageError: it holds several state dicts, and ``path`` is not FILE#KEY.
+        UsageError: it holds several state dicts.
     """
-    file = read_weight_file(Path(path))
+    file = WeightFile(Path(path), None, read_one_file(Path(path)))
     groups = _groups(file)
     if len(groups) > 1:
+        keys = ", ".join(group.key for group in groups[:KEYS_SHOWN])
         raise UsageError(
-            f"expected one set of weights in {file.path}, got {len(groups)}: name one of them with "
-            f"{_choices(file, groups)}"
+            f"expected one set of weights in {path}, got {len(groups)} ({keys}): save the one to take in a file of "
+            "its own"
         )
     return _checked(without_prefixes(groups[0]), file.path)
 
@@ -95,14 +95,7 @@ def _groups(file: WeightFile) -> list[Group]:
         )
     if file.key is None:
         return groups
-    # a key may also be a prefix of names
-    inner = [
-        Group(file.key, entries)
-        for group in groups
-        if group.key == OUTERMOST
-        and (entries := {n: v for n, v in group.entries.items() if n.startswith(f"{file.key}.")})
-    ]
-    chosen = [group for group in groups if group.is_under(file.key)] + inner
+    chosen = [part for group in groups if (part := group.narrowed(file.key)).entries]
     if not chosen:
         raise UsageError(
             f"expected a key of {file.path} after #, got {file.key!r}: name one of them with {_choices(file, groups)}"
@@ -205,9 +198,8 @@ def _misfit(file: WeightFile, groups: list[Group], entry: ModelEntry, role: str)
     network, advice = _recognised(groups, entry, role)
     if not network and PART.search(file.path.name):
         network, advice = "one part of a checkpoint", "give its .index.json in place of the part"
-    got = f"{network}, with {mismatch}" if network else mismatch
     return UsageError(
-        f"expected the entries of the {role} of {entry.name} in {file.path}, got {got}: "
+        f"expected the entries of the {role} of {entry.name} in {file.path}, got {network or mismatch}: "
         f"{advice or 'give the file of this model'}"
     )
 

@@ -127,7 +127,7 @@ def _tell_other(head: bytes) -> tuple[str, str]:
     """Return what an unknown file is, as far as its beginning tells, and what to do."""
     if _is_text(head):
         start = head.lstrip().lower()
-        if start.startswith((b"<!doctype html", b"<html")) or b"<html" in start:
+        if start.startswith(b"<!doctype html") or b"<html" in start:
             return "a web page, such as a site's page about the file", f"{AGAIN}, by the link that downloads it"
         if start.startswith(b"<"):
             return "an XML document, such as a site's error", AGAIN

@@ -60,6 +60,17 @@ def read_weight_file(given: Path) -> WeightFile:
     return WeightFile(path, key, _read_parts(path) if kind is Kind.INDEX else _read_file(path, kind))
 
 
+def read_one_file(path: Path) -> object:
+    """Read a checkpoint that is one file. Raises: InputFileError where it is missing, damaged or something else."""
+    kind = tell_kind(path)
+    if kind is Kind.INDEX:
+        raise InputFileError(
+            f"expected a .bin, .pth or .safetensors checkpoint in {path}, got a JSON document: give the checkpoint "
+            "in its place"
+        )
+    return _read_file(path, kind)
+
+
 def _split_key(given: Path) -> tuple[Path, str | None]:
     text = str(given)
     # a file may have the sign in its own name
@@ -181,16 +192,17 @@ def _read_parts(path: Path) -> dict[str, Tensor]:
     entries: dict[str, Tensor] = {}
     for part, names in by_part.items():
         file = path.parent / part
-        kind = tell_kind(file)
-        content = None if kind is Kind.INDEX else _read_file(file, kind)
-        if not isinstance(content, Mapping) or content.keys() != names:
-            found = content.keys() if isinstance(content, Mapping) else set()
-            missing, more = sorted(names - found), sorted(map(str, found - names))
+        content = read_one_file(file)
+        found: Mapping[object, Tensor] = content if isinstance(content, Mapping) else {}
+        missing, more = sorted(names - found.keys()), sorted(str(name) for name in found.keys() - names)
+        if missing or more:
+            listed = ((missing, "missing"), (more, "unlisted"))
+            got = " and ".join(f"{len(those)} {kind} ({_some(those)})" for those, kind in listed if those)
             raise InputFileError(
-                f"expected the entries in {file} that the index {path.name} lists, got {len(missing)} missing "
-                f"({_some(missing)}) and {len(more)} unlisted ({_some(more)}): {AGAIN}, the index and all parts"
+                f"expected the entries in {file} that the index {path.name} lists, got {got}: {AGAIN}, the index and "
+                "all parts"
             )
-        entries.update(content)
+        entries.update((name, found[name]) for name in names)
     return entries
 
 

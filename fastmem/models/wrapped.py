@@ -30,6 +30,15 @@ class Group:
         """Whether the group stands under a key that a user chose; None chooses all."""
         return key is None or self.key == key or self.key.startswith(f"{key}.")
 
+    def narrowed(self, key: str) -> Group:
+        """The group with those entries alone that stand under ``key``, by their names or by the group's own key."""
+        if self.is_under(key):
+            return self
+        within = key if self.key == OUTERMOST else key.removeprefix(f"{self.key}.")
+        reached = self.key == OUTERMOST or within != key
+        entries = {n: v for n, v in self.entries.items() if reached and n.startswith(f"{within}.")}
+        return Group(self.key, entries)
+
     def equals(self, other: Group) -> bool:
         """Whether the entries are the same, to the last bit."""
         if self.entries.keys() != other.entries.keys():

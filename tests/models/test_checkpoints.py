@@ -182,7 +182,7 @@ BROKEN = {
     "missing entry": (UsageError, r"1 missing \(blocks.0.mlp.fc1.weight\)"),
     "unexpected entry": (UsageError, r"1 unexpected \(extra.weight\)"),
     "misshaped entry": (UsageError, r"1 misshaped \(blocks.0.mlp.fc1.weight \[3, 3\] instead of \[48, 32\]\)"),
-    "another size": (UsageError, "the generator of wide.*use --model wide"),
+    "another size": (UsageError, "got the generator of wide: use --model wide"),
 }
 
 
