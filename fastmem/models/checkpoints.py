@@ -57,13 +57,16 @@ def read_state(path: Path) -> dict[str, Tensor]:
     return _checked(without_prefixes(groups[0]), file.path)
 
 
-def read_weights(entry: ModelEntry, role: str, path: Path) -> dict[str, Tensor]:
+def read_weights(
+    entry: ModelEntry, role: str, path: Path, usual: Mapping[str, tuple[int, ...]] | None = None
+) -> dict[str, Tensor]:
     """Entries of a checkpoint that fit a network of a model, wherever in the file they stand.
 
     Args:
         entry: the model.
         role: the network, "generator" or "tokenizer".
         path: a file, an index of a checkpoint in parts, a folder that holds one of these, or FILE#KEY.
+        usual: the shapes of the network's entries with the registry's number of classes, None to work them out.
 
     Raises:
         InputFileError: the file is missing, damaged, or holds something other than tensors.
@@ -72,7 +75,7 @@ def read_weights(entry: ModelEntry, role: str, path: Path) -> dict[str, Tensor]:
     """
     file = read_weight_file(path)
     groups = _groups(file)
-    fitting = _fitting(groups, file.key, entry, role)
+    fitting = _fitting(groups, file.key, entry, role, usual)
     if not fitting:
         raise _misfit(file, groups, entry, role)
     others = [group for group in fitting[1:] if not group.equals(fitting[0])]
@@ -173,9 +176,15 @@ def _expected(
     return shapes_of(networks[list(ROLES).index(role)].state_dict())
 
 
-def _fitting(groups: list[Group], key: str | None, entry: ModelEntry, role: str) -> list[Group]:
-    """Return the different sets of entries that fit a network in names and shapes."""
-    usual = _expected(entry, role)
+def _fitting(
+    groups: list[Group],
+    key: str | None,
+    entry: ModelEntry,
+    role: str,
+    usual: Mapping[str, tuple[int, ...]] | None = None,
+) -> list[Group]:
+    """Return the different sets of entries that fit a network in names and shapes; arguments as in `read_weights`."""
+    usual = _expected(entry, role) if usual is None else usual
     found: dict[tuple[int, ...], Group] = {}
     for group in groups:
         for reading in find_readings(group, usual):
@@ -286,10 +295,14 @@ def load_model(
     entry = find_entry(name)
     target, floating = resolve_device(device), resolve_dtype(dtype)
     paths = [_find_file(entry, checkpoint, entry.generator_file), _find_file(entry, tokenizer, entry.tokenizer_file)]
-    states = [read_weights(entry, role, path) for role, path in zip(ROLES, paths, strict=True)]
     # on the meta device the networks take no memory: the mapped tensors become the weights themselves
     with torch.device("meta"):
-        networks = build_networks(entry, shapes_of(states[0]))
+        networks = build_networks(entry)
+    usual = [shapes_of(network.state_dict()) for network in networks]
+    states = [read_weights(entry, *known) for known in zip(ROLES, paths, usual, strict=True)]
+    if shapes_of(states[0]) != usual[0]:
+        with torch.device("meta"):
+            networks = build_networks(entry, shapes_of(states[0]))
     for network, state, path, kind in zip(networks, states, paths, (floating, torch.float32), strict=True):
         expected = network.state_dict()
         # what follows from the sizes is compared, where a family has such entries
