@@ -88,7 +88,9 @@ def int64(array: np.ndarray) -> torch.Tensor:
 def own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Caches of the tests' runs lie apart from the user's, and so do weights that happen to be there."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FASTMEM_HOME", str(tmp_path_factory.mktemp("home")))
+        home = tmp_path_factory.mktemp("home")
+        patch.setenv("FASTMEM_HOME", str(home))
+        patch.setenv("HF_HUB_CACHE", str(home / "hub"))
         yield
 
 
