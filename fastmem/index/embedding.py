@@ -158,6 +158,14 @@ def locate(sscd: str | Path | None = None) -> tuple[Path | None, str]:
     )
 
 
+class UndefinedEmbedding(InputFileError):
+    """Raised where a network gives a vector that is not finite or of length 0; ``row`` is its place in the batch."""
+
+    def __init__(self, sentence: str, row: int) -> None:
+        super().__init__(sentence)
+        self.row = row
+
+
 class TorchScriptEmbedder:
     """The SSCD model in Meta's TorchScript file, computed in float32 without TF32.
 
@@ -288,7 +296,8 @@ def _unit_vectors(found: Any, count: int, path: Path) -> np.ndarray:
     vectors = np.asarray(found, dtype=np.float32)
     lengths = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
     if not (np.isfinite(lengths).all() and lengths.all()):
-        raise _wrong_network(path, "vectors that are not finite or of length 0")
+        row = int(np.flatnonzero(~(np.isfinite(lengths) & (lengths > 0)))[0])
+        raise UndefinedEmbedding(str(_wrong_network(path, "a vector that is not finite or of length 0")), row)
     return (vectors / lengths).astype(np.float32)
 
 

@@ -21,6 +21,7 @@ from fastmem.data.decoding import Skipped
 from fastmem.data.manifest import Manifest, WorkUnit
 from fastmem.data.sources import ImageSource
 from fastmem.data.views import Joined
+from fastmem.errors import InputFileError
 from fastmem.files import read_json, read_tensors, write_json, write_tensors
 from fastmem.models.model import Model
 from fastmem.reporter import SILENT, Reporter
@@ -29,7 +30,7 @@ from fastmem.runs.interruption import Interruption
 from fastmem.scoring.class_order import check_class_order, check_labels
 from fastmem.scoring.image_losses import ImageLosses
 from fastmem.scoring.plan import ScorePlan, TokenPlan, disk_bytes, keeps_rows, plan_tokens
-from fastmem.scoring.running_set import RunningSet, Seen, as_rows, from_rows
+from fastmem.scoring.running_set import RunningSet, RunningShape, Seen, as_rows, from_rows
 from fastmem.scoring.settings import ScoreSettings
 from fastmem.stats import StatsBuilder, UnitStats
 from fastmem.stats.class_rows import row_folder
@@ -335,6 +336,11 @@ class _Scorer:
             return UnitStats.load(folder.stats_file(split), self._owner(split)), 0
         running = self._start_set(split, manifest)
         units = manifest.work_units(UNIT_IMAGES)
+        if running.units > len(units):
+            raise InputFileError(
+                f"expected at most {len(units)} finished work units in {folder and folder.state_file}, got "
+                f"{running.units}: start anew with another --out"
+            )
         before = units[running.units - 1].stop if running.units else 0
         self.reporter.advance(before)
         self._score_units(split, source, running, units)
@@ -368,9 +374,9 @@ class _Scorer:
         )
         if self.folder is not None and self.folder.state_file.exists():
             owner = {"run": run_id(self.identity)}
-            tensors, header = read_tensors(self.folder.state_file, STATE_SCHEMA, owner=owner)
-            if header.get("set") == split:
-                running.restore(tensors, header)
+            tensors, header = read_tensors(self.folder.state_file, STATE_SCHEMA, RunningShape, owner)
+            if header["set"] == split:
+                running.restore(tensors, header, self.folder.state_file)
         return running
 
     def _builder(self, split: str, keep_rows: bool, rows_in: Path | None) -> StatsBuilder:
