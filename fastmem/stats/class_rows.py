@@ -23,7 +23,7 @@ class RowShape(TypedDict):
     """The header of a class's file; ``counts`` has the number of images of every fold."""
 
     label: int
-    counts: list[Annotated[int, msgspec.Meta(ge=0)]]
+    counts: list[Annotated[int, msgspec.Meta(ge=0, le=2**53)]]
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from fastmem.scoring.running_set import RunningSet, RunningShape
 from fastmem.scoring.score import SKIPPED_SCHEMA, STATE_SCHEMA, SkippedShape
 from fastmem.stages.extract import SCHEMA as EXTRACTION
 from fastmem.stages.extract import DocumentShape, ExtractionResult
+from fastmem.stages.opened_run import OpenedRun
 from fastmem.stats import StatsBuilder, UnitStats
 from fastmem.stats.class_rows import read_row
 from fastmem.sweep.plan import Row
@@ -41,7 +42,7 @@ from tests.hostile import changed_headers, changed_texts, damaged, read_damaged
 
 EXAMPLES = settings(
     derandomize=True,
-    max_examples=40,
+    max_examples=30,
     deadline=None,
     database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
@@ -74,14 +75,18 @@ def plain(value: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def kept(tiny_run: Path, toy_source, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Kept]:
+def kept(toy_model, toy_source, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Kept]:
     """A file of every kind."""
-    found = of_a_run(tiny_run) | of_an_index(toy_source, tmp_path_factory.mktemp("index"))
+    run = tmp_path_factory.mktemp("toy") / "run"
+    fastmem.score(toy_model, toy_source, views="center", check_classes=False, per_image=True, out=run, pictures=False)
+    found = of_a_run(open_run(run, model=toy_model, data=toy_source)) | of_an_index(
+        toy_source, tmp_path_factory.mktemp("index")
+    )
     return found | of_other_work(toy_source, tmp_path_factory.mktemp("other"))
 
 
-def of_a_run(path: Path) -> dict[str, Kept]:
-    run = open_run(path, device="cpu")
+def of_a_run(run: OpenedRun) -> dict[str, Kept]:
+    path = run.path
     edit = fastmem.mitigate(run, top=0.2)
     done = fastmem.extract(run, prefixes=[0], top_per_class=1, judge="tokens")
     ids, recipe = run.manifests["train"].ids[:3], run.model.view_recipe("center")
