@@ -9,10 +9,15 @@ from pathlib import Path
 import pytest
 
 import fastmem
-from fastmem import InputFileError, open_run
+from fastmem import InputFileError, UsageError, open_run
 from fastmem.data.manifest import Manifest
+from fastmem.extraction.verdicts import SSCDJudge
+from fastmem.index.build import build_index
+from fastmem.stages.extract import find_index
 from fastmem.stages.opened_run import edited
-from tests.conftest import exit_code
+from fastmem.sweep.plan import Row
+from fastmem.sweep.reattack import ReAttack
+from tests.conftest import FakeEmbedder, exit_code
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +102,22 @@ def test_the_verdicts_of_another_extraction_are_refused(tiny_run, other_run, tmp
     shutil.copy(found["other"].path / "verdicts.parquet", found["mine"].path / "verdicts.parquet")
     with pytest.raises(InputFileError, match=r"expected fastmem.run \w+ in .*verdicts.parquet, got \w+"):
         found["mine"].verdicts  # noqa: B018 - the property raises
+
+
+def test_an_index_of_other_images_is_refused(tiny_run, toy_source, tmp_path):
+    embedder = FakeEmbedder()
+    build_index(toy_source, embedder, tmp_path / "index", workers=0)
+    with pytest.raises(UsageError, match=r"an index of the training set, got .*index, which has none of its images"):
+        find_index(open_run(tiny_run, device="cpu"), tmp_path / "index", SSCDJudge(embedder))
+
+
+def test_a_re_attack_of_another_sweep_or_edit_is_refused(tmp_path):
+    row = Row("unitmem", 0.05, 0.5)
+    ReAttack(row, 7, (), ()).save(tmp_path / "file.json", "mine")
+    with pytest.raises(InputFileError, match=r"expected sweep other in .*file.json, got mine"):
+        ReAttack.load(tmp_path / "file.json", row, "other")
+    with pytest.raises(InputFileError, match="expected row"):
+        ReAttack.load(tmp_path / "file.json", Row("gap", 0.05, 0.5), "mine")
 
 
 def test_a_run_without_its_identity_is_not_taken_for_a_new_folder(tiny_run, tmp_path):
