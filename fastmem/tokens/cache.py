@@ -58,13 +58,13 @@ class TokenCache:
         folder: folder of the shard files.
         context: JSON text of everything that tokens depend on, besides the image, its id and the recipe.
         num_tokens: tokens of one view, T.
-        small: whether every token fits into int16; else int32 is used.
+        vocabulary: number of different tokens; where all fit into int16 that is used, else int32.
     """
 
     folder: Path
     context: str
     num_tokens: int
-    small: bool
+    vocabulary: int
 
     @classmethod
     def open(
@@ -98,7 +98,12 @@ class TokenCache:
             "device": model.device.type,
             "libraries": {name: version(name) for name in LIBRARIES},
         }
-        return cls(folder, json.dumps(context, sort_keys=True), model.num_tokens, model.vocabulary <= 2**15)
+        return cls(folder, json.dumps(context, sort_keys=True), model.num_tokens, model.vocabulary)
+
+    @property
+    def small(self) -> bool:
+        """Whether every token fits into int16."""
+        return self.vocabulary <= 2**15
 
     def shard_file(self, recipe: Views, ids: np.ndarray) -> Path:
         """Return the path of the shard for a slice's image ids, int64 [n], and a recipe that is not a `Joined` one."""
@@ -133,6 +138,9 @@ class TokenCache:
         check_tensors(
             file, tensors, {"ids": ("int64", ("n",)), "contents": ("uint8", ("n", DIGEST_BYTES)), "tokens": tokens}
         )
+        low, high = map(int, tensors["tokens"].aminmax()) if len(tensors["tokens"]) else (0, 0)
+        if low < 0 or high >= self.vocabulary:
+            raise InputFileError(f"expected tokens below {self.vocabulary} in {file}, got {low} to {high}")
         contents = tensors["contents"].numpy()
         return {i: (contents[row].tobytes(), tensors["tokens"][row]) for row, i in enumerate(tensors["ids"].tolist())}
 

@@ -91,7 +91,7 @@ def of_a_run(run: OpenedRun) -> dict[str, Kept]:
     done = fastmem.extract(run, prefixes=[0], top_per_class=1, judge="tokens")
     ids, recipe = run.manifests["train"].ids[:3], run.model.view_recipe("center")
     tokens = torch.arange(3 * run.model.num_tokens).reshape(3, 1, -1)
-    cache = TokenCache(path.parent / "tokens", "{}", run.model.num_tokens, small=True)
+    cache = TokenCache(path.parent / "tokens", "{}", run.model.num_tokens, run.model.vocabulary)
     cache.write(recipe, ids, {int(i): (bytes([n] * 16), t) for n, (i, t) in enumerate(zip(ids, tokens, strict=True))})
     folder, train = run.folder, run.owner("train")
     losses = folder.losses_file("train")
@@ -150,9 +150,15 @@ def of_an_index(source: Any, folder: Path) -> dict[str, Kept]:
         "index images": Kept(done.path / done.header.images_file, lambda: search(done.path)),
         "index vectors": Kept(done.path / done.header.vectors_file, lambda: search(done.path)),
         "index graph": Kept(graph.path / graph.header.vectors_file, lambda: search(graph.path)),
-        "pending": Kept(pending, lambda: read_pending(pending, embedder)),
+        "pending": Kept(pending, lambda: vectors_of(pending, embedder)),
         "build.json": Kept(build, lambda: read_json(build, BUILD_SCHEMA, BuildShape)),
     }
+
+
+def vectors_of(path: Path, embedder: FakeEmbedder) -> list[Any]:
+    """All that is used of a file of vectors."""
+    ids, vectors, header = read_pending(path, embedder)
+    return [ids, vectors, *(header[name] for name in ("names", "skipped", "skipped_ids"))]
 
 
 def of_other_work(source: Any, folder: Path) -> dict[str, Kept]:
