@@ -22,11 +22,14 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, functional
 
 from fastmem.errors import InputFileError, UsageError
+from fastmem.files import read_bounded
 from fastmem.home import find_weights
 from fastmem.models.checkpoints import resolve_device
 
 # numbers in an embedding
 DIMENSIONS = 512
+# a model file is no larger than this
+MODEL_BYTES = 2**30
 # side, in pixels, of the pictures in the published comparisons
 PUBLISHED_SIZE = 320
 OFFICIAL_FILE = "sscd_disc_mixup.torchscript.pt"
@@ -182,7 +185,7 @@ class TorchScriptEmbedder:
 
     def __init__(self, path: Path, size: int, trust: bool, device: torch.device) -> None:
         # the bytes that were hashed are loaded, so that the file cannot be changed in between
-        content = path.read_bytes()
+        content = read_bounded(path, MODEL_BYTES)
         self.digest = hashlib.sha256(content).hexdigest()
         known = KNOWN_FILES.get(self.digest)
         if known is None and not trust:
@@ -243,8 +246,8 @@ class OnnxEmbedder:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = ONNX_THREADS, 1
         options.log_severity_level = 3
+        content = read_bounded(path, MODEL_BYTES)
         try:
-            content = path.read_bytes()
             self._session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         # onnxruntime raises exceptions of several classes, none of which can be imported
         except Exception as error:
