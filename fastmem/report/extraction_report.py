@@ -98,12 +98,20 @@ def _histogram(keys: list[str], verdicts: Verdicts) -> dict[str, list[int]]:
     return _by_prefix(keys, [np.histogram(row, BINS)[0].tolist() for row in rows])
 
 
-def write_verdicts(path: Path, extraction: Extraction, manifests: Mapping[str, Manifest]) -> None:
+def write_verdicts(
+    path: Path, extraction: Extraction, manifests: Mapping[str, Manifest], owner: Mapping[str, str] | None = None
+) -> None:
     """Write a parquet table with one row for each target and prefix length.
 
     The columns are id, set, class, label, name, candidate, matched, candidate_score, prefix, token_match, similarity,
     extracted, similarity_to_image, extracted_image, ceiling, nearest_id, nearest_name, nearest_similarity,
-    twin_similarity and group; values that were not measured are null. ``manifests`` are the images by set.
+    twin_similarity and group; values that were not measured are null.
+
+    Args:
+        path: the file.
+        extraction: the verdicts.
+        manifests: the images by set.
+        owner: entries of the file's metadata that say which run and settings it is of.
 
     Raises: UsageError where the file cannot be written.
     """
@@ -142,7 +150,7 @@ def write_verdicts(path: Path, extraction: Extraction, manifests: Mapping[str, M
                     }
                 )
             )
-    write_table(path, pyarrow.concat_tables(tables))
+    write_table(path, pyarrow.concat_tables(tables), owner)
 
 
 def _or_null(values: np.ndarray) -> Any:

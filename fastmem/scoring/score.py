@@ -23,7 +23,7 @@ from fastmem.data.loading import Flow
 from fastmem.data.manifest import Manifest, WorkUnit
 from fastmem.data.sources import ImageSource
 from fastmem.data.views import Joined
-from fastmem.errors import UsageError
+from fastmem.errors import InputFileError, UsageError
 from fastmem.files import read_json, read_tensors, write_json, write_tensors
 from fastmem.models.model import Model
 from fastmem.reporter import SILENT, Reporter
@@ -33,7 +33,7 @@ from fastmem.runs.ranks import AHEAD, Ranks, WorkQueue
 from fastmem.scoring.class_order import check_class_order, check_labels
 from fastmem.scoring.image_losses import ImageLosses
 from fastmem.scoring.plan import ScorePlan, TokenPlan, disk_bytes, keeps_rows, plan_tokens, waiting_bytes
-from fastmem.scoring.running_set import RunningSet, Seen, as_rows, from_rows
+from fastmem.scoring.running_set import RunningSet, RunningShape, Seen, as_rows, from_rows
 from fastmem.scoring.settings import ScoreSettings
 from fastmem.scoring.shared_units import SharedUnits
 from fastmem.stats import StatsBuilder, UnitStats
@@ -366,6 +366,11 @@ class _Scorer:
             self.reporter.advance(len(manifest))
             return UnitStats.load(folder.stats_file(split), self._owner(split)), 0
         running = self._start_set(split, manifest)
+        if running.units > len(units):
+            raise InputFileError(
+                f"expected at most {len(units)} finished work units in {folder and folder.state_file}, got "
+                f"{running.units}: start anew with another --out"
+            )
         before = units[running.units - 1].stop if running.units else 0
         self.reporter.advance(before)
         if self.ranks is None:
@@ -400,9 +405,9 @@ class _Scorer:
         running = self._empty_set(split, manifest)
         if self.folder is not None and self.folder.state_file.exists():
             owner = {"run": run_id(self.identity)}
-            tensors, header = read_tensors(self.folder.state_file, STATE_SCHEMA, owner=owner)
-            if header.get("set") == split:
-                running.restore(tensors, header)
+            tensors, header = read_tensors(self.folder.state_file, STATE_SCHEMA, RunningShape, owner)
+            if header["set"] == split:
+                running.restore(tensors, header, self.folder.state_file)
         return running
 
     def _empty_set(self, split: str, manifest: Manifest) -> RunningSet:

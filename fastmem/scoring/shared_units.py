@@ -16,7 +16,7 @@ from fastmem.data.manifest import WorkUnit
 from fastmem.errors import InputFileError
 from fastmem.files import read_tensors, write_tensors
 from fastmem.runs.ranks import WorkQueue
-from fastmem.scoring.running_set import RunningSet
+from fastmem.scoring.running_set import RunningSet, UnitShape
 
 SCHEMA = "fastmem.score-unit/1"
 # a shared file system may show a file this much later than it was written
@@ -115,7 +115,9 @@ class SharedUnits:
             return None
         file = self._file(number)
         try:
-            return read_tensors(file, SCHEMA, owner={**self.owner, "unit": number})
+            tensors, header = read_tensors(file, SCHEMA, UnitShape, {**self.owner, "unit": number})
+            self.running.check_unit(self.units[number], tensors, header, file)
+            return tensors, header
         except InputFileError:
             since = self.missed.setdefault(number, time.monotonic())
             if file.exists() or time.monotonic() - since > VISIBLE_SECONDS:

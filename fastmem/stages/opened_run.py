@@ -136,7 +136,7 @@ def edited(run: OpenedRun, edit: str | EditPlan | None, reporter: Reporter = SIL
     if edit is None:
         yield EditInForce()
         return
-    plan = edit if isinstance(edit, EditPlan) else load_edit(run.folder, edit)
+    plan = edit if isinstance(edit, EditPlan) else load_edit(run.folder, edit, run.id)
     label = plan.name or "edit"
     with plan.apply(run.model):
         reporter.note(CAUTION)

@@ -17,10 +17,10 @@ from torch import Tensor
 from fastmem.backends.select import UnitUpdate
 
 LARGEST = 4
-# the names of their tensors in files
-ROW_TENSORS = ("mean", "m2", "largest", "image")
-SUMMARY_TENSORS = ("total", "largest", "within", "within_image")
-FOLD_TENSORS = ("mean", "m2", "view", "top_value", "top_image")
+# the names of their tensors in files, with the dtypes
+ROW_TENSORS = {"mean": "float64", "m2": "float64", "largest": "float32", "image": "int64"}
+SUMMARY_TENSORS = {"total": "float64", "largest": "float64", "within": "float64", "within_image": "int64"}
+FOLD_TENSORS = {"mean": "float64", "m2": "float64", "view": "float64", "top_value": "float32", "top_image": "int64"}
 
 Shape = tuple[int, int, int]
 
