@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 
 import fastmem
-from fastmem import ArraySource, UsageError, files, open_run
+from fastmem import ArraySource, InputFileError, UsageError, files, open_run
 from fastmem.stages.opened_run import OpenedRun
-from tests.conftest import FakeEmbedder, folder_bytes, random_images
+from tests.conftest import FakeEmbedder, folder_bytes, random_images, write_folder
 
 # a process with this number is never there
 NOBODY = 2**22 + 1
@@ -175,3 +175,51 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(toy_model, toy_source, ro
                 do(STAGES[stage], root, *images, False)
         do(STAGES[stage], root, *images, True)
         check_same(folder_bytes(root), whole, passed[number])
+
+
+def test_a_folder_is_taken_again_where_no_image_could_be_read(toy_model, tmp_path):
+    pictures = write_folder(tmp_path / "pictures", random_images(6, 16))
+    good = folder_bytes(pictures)
+    for name in good:
+        (pictures / name).write_bytes(b"broken")
+    for _ in range(2):
+        with pytest.raises(InputFileError, match="got 6 that cannot, the first class-0"):
+            fastmem.score(toy_model, pictures, views="center", check_classes=False, out=tmp_path / "run", workers=0)
+        assert not (tmp_path / "run").exists()
+    with pytest.raises(InputFileError, match="expected the folder of a scored run"):
+        open_run(tmp_path / "run", model=toy_model)
+    for name, content in good.items():
+        (pictures / name).write_bytes(content)
+    found = fastmem.score(toy_model, pictures, views="center", check_classes=False, out=tmp_path / "run", workers=0)
+    assert found.train.count == 6
+
+
+@pytest.mark.parametrize("stage", ["extract", "evaluate", "sweep"])
+def test_images_that_change_after_they_were_listed_end_no_stage_in_a_traceback(
+    toy_model, root, tmp_path, monkeypatch, stage
+):
+    shutil.rmtree(root / "run")
+    sets = {name: write_folder(tmp_path / name, random_images(12, 16, seed)) for seed, name in enumerate(("a", "b"))}
+    fastmem.score(toy_model, sets["a"], heldout=sets["b"], views="center", check_classes=False, out=root / "run")
+    run = open_run(root / "run", model=toy_model)
+    shutil.rmtree(root / "home", ignore_errors=True)
+    for pictures in sets.values():
+        files_there = sorted(pictures.rglob("*.png"))
+        files_there[0].unlink()
+        files_there[1].write_bytes(files_there[2].read_bytes()[:40])
+        files_there[3].unlink()
+        files_there[3].mkdir()
+    STAGES[stage](run, False)
+
+
+def test_a_folder_that_is_removed_in_the_middle_is_said_so(toy_model, toy_source, root, monkeypatch):
+    with monkeypatch.context() as patched:
+
+        def remove(place: str) -> None:
+            if place == "after train-00001.safetensors":
+                shutil.rmtree(root / "run" / "extractions")
+
+        patched.setattr(files, "at_boundary", remove)
+        with pytest.raises(UsageError, match="expected .* to stay .* got it removed"):
+            do(extract, root, toy_model, toy_source, False)
+    do(extract, root, toy_model, toy_source, True)
