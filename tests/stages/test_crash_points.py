@@ -108,8 +108,14 @@ def copy_at_boundaries(root: Path, copies: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def check_same(found: dict[str, bytes], whole: dict[str, bytes], place: str) -> None:
-    assert found.keys() == whole.keys(), place
-    assert [name for name in whole if found[name] != whole[name]] == [], place
+    """Nothing is left over, and all files are the same but cached tokens, of which a resumed pass keeps fewer."""
+    assert [name for name in found if ".partial" in name or ".owner" in name] == [], place
+    sides = [
+        {name: content for name, content in side.items() if not name.startswith("home/tokens/")}
+        for side in (found, whole)
+    ]
+    assert sides[0].keys() == sides[1].keys(), place
+    assert [name for name in sides[1] if sides[0][name] != sides[1][name]] == [], place
 
 
 def kill_at_boundaries(work: Work, root: Path, images, copies: Path, monkeypatch, most: int | None) -> int:
@@ -118,7 +124,6 @@ def kill_at_boundaries(work: Work, root: Path, images, copies: Path, monkeypatch
         passed = copy_at_boundaries(root, copies, patched)
         do(work, root, *images, False)
     whole = folder_bytes(root)
-    assert not [name for name in whole if ".partial" in name or ".owner" in name]
     for number in spread(len(passed), most or len(passed)):
         shutil.rmtree(root)
         shutil.copytree(copies / str(number), root)
