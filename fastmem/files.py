@@ -7,6 +7,7 @@ import math
 import os
 import stat
 import tempfile
+import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -19,6 +20,8 @@ from fastmem.errors import InputFileError, UsageError
 
 # ending of temporary files, and how much of the file's own name theirs begins with
 PARTIAL, NAME_KEPT = ".partial", 20
+# a temporary file that nothing has written to for this long is a dead process's
+STALE_SECONDS = 3600.0
 # the file that says which process works in a folder begins with this
 OWNER_PREFIX = ".owner-"
 # a JSON document is no larger than this
@@ -76,16 +79,25 @@ def _set_usual_permissions(path: Path) -> None:
         path.chmod(0o666 & ~umask)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files that killed processes left in a folder and below it; only its owner may call this.
+def remove_leftovers(folder: Path, untouched: float = 0.0) -> None:
+    """Remove the temporary files that killed processes left in a folder and below it, where they can be removed.
 
     Folders below it that have an owner of their own are left alone.
+
+    Args:
+        folder: the folder.
+        untouched: for how many seconds a file must not have been written to. Only the owner of a folder may give less
+            than ``STALE_SECONDS``, because others may be writing there.
     """
+    latest = time.time() - untouched
     for place, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not any(Path(place, name).glob(f"{OWNER_PREFIX}*"))]
         for name in names:
             if name.startswith(".") and name.endswith(PARTIAL):
-                Path(place, name).unlink(missing_ok=True)
+                # the folder may be one that can only be read
+                with suppress(OSError):
+                    if not untouched or Path(place, name).lstat().st_mtime < latest:
+                        Path(place, name).unlink()
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
@@ -202,13 +214,22 @@ def write_tensors(path: Path, tensors: Mapping[str, Any], schema: str, header: M
 
     Raises: UsageError where the folder cannot be written.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     document = _finite({"schema": schema, **header})
     # a single entry: the library writes several in any order, and equal contents must make equal files
     metadata = {"fastmem": json.dumps({**document, "checksum": _checksum(document, contiguous)})}
-    write_atomically(path, lambda partial: save_file(contiguous, partial, metadata))
+
+    def write(partial: Path) -> None:
+        try:
+            save_file(contiguous, partial, metadata)
+        except SafetensorError as error:
+            # the library has this error for a full disk
+            raise OSError(" ".join(str(error).split())) from error
+
+    write_atomically(path, write)
 
 
 def _checksum(header: Mapping[str, Any], tensors: Mapping[str, Any]) -> str:

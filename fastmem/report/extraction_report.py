@@ -70,7 +70,6 @@ def describe(extraction: Extraction, associations: Mapping[str, Association]) ->
             **{split: _histogram(keys, verdicts) for split, verdicts in extraction.sets.items()},
         },
         "associations": {by: a.document() for by, a in associations.items()},
-        "seconds": round(extraction.seconds, 3),
     }
     if heldout is not None:
         document["heldout_interval"] = _by_prefix(keys, [_interval(c) for c in counts(heldout, heldout.candidate)])

@@ -262,6 +262,13 @@ class RunFolder:
         """
         write_json(self.identity_file, {"schema": RUN_SCHEMA, **identity})
 
+    def remove_unscored(self) -> None:
+        """Remove what a pass wrote that could not read one training image, so that the folder holds no run."""
+        for split in ("train", "heldout"):
+            self.manifest_file(split).unlink(missing_ok=True)
+        self.state_file.unlink(missing_ok=True)
+        self.identity_file.unlink(missing_ok=True)
+
 
 def check_writable(path: Path) -> None:
     """Check that a run folder can be created at ``path``, so that long work does not fail at its end.

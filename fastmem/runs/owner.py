@@ -137,7 +137,8 @@ def owned(folder: Path, work: str) -> Iterator[None]:
         folder: the folder; made where it is missing.
         work: what is done there, in a word or two, for the message that others get.
 
-    Raises: UsageError where another process works there, which it names, or the folder cannot be written.
+    Raises: UsageError where another process works there, which it names, the folder cannot be written, or it was
+    removed before the work was done.
     """
     made = not folder.exists()
     try:
@@ -159,6 +160,11 @@ def owned(folder: Path, work: str) -> Iterator[None]:
     try:
         remove_leftovers(folder)
         yield
+        if not file.exists():
+            raise UsageError(
+                f"expected {folder} to stay while it is worked in, got it removed or emptied in the middle: run the "
+                "command again, with --resume where something is left there"
+            )
     finally:
         stopped.set()
         _HELD.discard(key)

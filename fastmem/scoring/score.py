@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastmem.backends.select import Backend, choose_backend
 from fastmem.data.decoding import Skipped
-from fastmem.data.loading import Flow
+from fastmem.data.loading import Flow, check_readable
 from fastmem.data.manifest import Manifest, WorkUnit
 from fastmem.data.sources import ImageSource
 from fastmem.data.views import Joined
@@ -381,6 +381,10 @@ class _Scorer:
         self.skipped[split] = running.skipped
         if running.losses is not None:
             self.losses[split] = running.losses
+        if folder is not None and split == "train" and not stats.count:
+            # nothing came of it, and the folder can be taken again once the images can be read
+            folder.remove_unscored()
+            check_readable(source, len(manifest), 0, next(iter(running.skipped), None))
         if folder is not None:
             write_json(
                 folder.skipped_file(split),

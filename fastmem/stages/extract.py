@@ -15,7 +15,7 @@ from fastmem.data.manifest import Manifest
 from fastmem.errors import UsageError
 from fastmem.extraction.association import find_associations
 from fastmem.extraction.attack import BATCH_ROWS
-from fastmem.extraction.candidates import TOP_PER_CLASS, collect_losses
+from fastmem.extraction.candidates import TOP_PER_CLASS, collect_losses, progress_file
 from fastmem.extraction.extract import Extraction, check_prefixes
 from fastmem.extraction.extract import extract as attack_and_judge
 from fastmem.extraction.verdicts import Judge, SSCDJudge
@@ -174,9 +174,10 @@ def extract(
             file = folder / "result.json"
             if file.exists():
                 reporter.note(f"{folder} has this extraction already")
-                return ExtractionResult(
-                    folder, read_document(file, SCHEMA, DocumentShape, {"run_id": run.id, "settings": asked})
-                )
+                document = read_document(file, SCHEMA, DocumentShape, {"run_id": run.id, "settings": asked})
+                # they stay where a process is killed between its last two steps
+                shutil.rmtree(folder / "units", ignore_errors=True)
+                return ExtractionResult(folder, document)
             if (folder / "settings.json").exists() and not resume:
                 raise UsageError(
                     f"expected no unfinished extraction in {folder}, got one: go on with --resume, or remove the folder"
@@ -272,6 +273,9 @@ def candidate_scores(run: OpenedRun, workers: int | None = None, reporter: Repor
                 owner=run.owner(split),
                 reporter=reporter,
             )
+    for split in run.manifests:
+        # a pass that was killed between its last two steps
+        progress_file(run.folder.losses_file(split)).unlink(missing_ok=True)
     return {split: losses.hits for split in run.manifests if (losses := run.losses(split)) is not None}
 
 
@@ -350,5 +354,5 @@ def _finish(
     draw_extractions(grid, run.model, run.sources["train"], found, title)
     draw_similarities(histogram, found, title)
     write_json(folder / "result.json", {"schema": SCHEMA} | document)
-    shutil.rmtree(folder / "units")
+    shutil.rmtree(folder / "units", ignore_errors=True)
     return document

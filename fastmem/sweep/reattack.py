@@ -18,7 +18,13 @@ from fastmem.data.manifest import Manifest
 from fastmem.data.sources import ImageSource
 from fastmem.data.views import Mirrored, Views
 from fastmem.extraction.attack import attack
-from fastmem.extraction.candidates import Targets, collect_losses, find_targets, highest_per_class
+from fastmem.extraction.candidates import (
+    Targets,
+    collect_losses,
+    find_targets,
+    highest_per_class,
+    progress_file,
+)
 from fastmem.extraction.verdicts import Judge
 from fastmem.files import read_json, write_json
 from fastmem.mitigation.scaling import Units, scale_units
@@ -303,6 +309,8 @@ def attack_edits_again(
             except RowUnavailable:
                 continue
             made.save(file, sweep)
-            state.unlink(missing_ok=True)
+        # whoever was killed after writing the file left them
+        for left in (state, progress_file(state)):
+            left.unlink(missing_ok=True)
         found.append(ReAttack.load(file, row, sweep))
     return found

