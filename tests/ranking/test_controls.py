@@ -177,7 +177,7 @@ MEMBERS = {
     "same": (np.zeros(7), np.zeros(9)),
     "noise": (np.random.default_rng(0).normal(0.5, 1, 63), np.random.default_rng(1).normal(0, 1, 250)),
     "ties": (np.random.default_rng(0).integers(1, 5, 40) * 1.0, np.random.default_rng(1).integers(0, 4, 200) * 1.0),
-    "one each": (np.array([1.0]), np.array([2.0])),
+    "two each": (np.array([1.0, 3.0]), np.array([2.0, 0.0])),
 }
 
 
