@@ -116,6 +116,7 @@ class _TokenReader(ViewReader):
 
     def read(self, positions: np.ndarray) -> _Read:
         damaged: list[str] = []
+        self.prepare(positions)
         contents = self._contents(positions.tolist())
         known = {p: found for p in contents if (found := self._known(p, contents[p], damaged)) is not None}
         unknown = np.array([p for p in positions.tolist() if p not in known], dtype=np.int64)
