@@ -25,8 +25,8 @@ Pattern = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 MAX_SHARDS = 1_000_000
 # what shards are, by the endings of their names
-TAR, PARQUET = "tar", "parquet"
-_ENDINGS = {".tar": TAR, ".parquet": PARQUET}
+TAR, PARQUET, TOKENS = "tar", "parquet", "tokens"
+_ENDINGS = {".tar": TAR, ".parquet": PARQUET, ".jsonl": TOKENS}
 _PARQUET_START = b"PAR1"
 # between the paths of a list that is written as one text, as in webdataset
 BETWEEN = "::"
@@ -79,8 +79,11 @@ def shards_in(folder: Path, split: str | None) -> list[str]:
         names = _shard_names(place) or []
     if not names:
         return []
-    if len({os.path.splitext(name)[1].lower() for name in names}) > 1:
-        raise UsageError(f"expected shards of one kind in {place}, got both tar and parquet files; name those to read")
+    kinds = sorted({os.path.splitext(name)[1].lower()[1:] for name in names}, reverse=True)
+    if len(kinds) > 1:
+        raise UsageError(
+            f"expected shards of one kind in {place}, got both {' and '.join(kinds)} files; name those to read"
+        )
     wanted = "train" if split is None else split
     of_split = [name for name in names if re.split(r"[-._]", name, maxsplit=1)[0] == wanted] if wanted else names
     # shards with the split in the middle of their names: imagenet1k-train-0000.tar
@@ -258,13 +261,13 @@ class Shards:
         return self._opened(number)[0]
 
     def kind(self, number: int) -> str:
-        """Return ``TAR`` or ``PARQUET`` by a shard's content, and ``TAR`` for anything else. Raises: as ``read``."""
+        """Return what a shard is by its content and its name, and ``TAR`` for anything else. Raises: as ``read``."""
         try:
             start = self.read(number, 0, len(_PARQUET_START))
         except OSError as error:
             raise _cannot(self.paths[number], error) from error
         ending = os.path.splitext(self.paths[number])[1].lower()
-        return PARQUET if start == _PARQUET_START or _ENDINGS.get(ending) == PARQUET else TAR
+        return PARQUET if start == _PARQUET_START else _ENDINGS.get(ending, TAR)
 
     def size(self, number: int) -> int:
         """Return the bytes of a shard. Raises: as ``file``."""

@@ -36,9 +36,10 @@ from fastmem.data.listing import (
     zip_members,
 )
 from fastmem.data.parquet_source import ParquetSource
-from fastmem.data.shards import PARQUET, Pattern, Shards, is_pattern, is_shard, shards_in
+from fastmem.data.shards import PARQUET, TOKENS, Pattern, Shards, is_pattern, is_shard, shards_in
 from fastmem.data.source import DIGEST_BYTES, EMBEDDED, IN_MEMORY, ImageSource, content_hash, image_ids
 from fastmem.data.tar_source import TarSource
+from fastmem.data.token_source import TokenSource, code_folders
 from fastmem.errors import InputFileError, UsageError
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "ImageSource",
     "ParquetSource",
     "TarSource",
+    "TokenSource",
     "ZipSource",
     "embedded_source",
     "image_ids",
@@ -242,6 +244,8 @@ def open_source(path: Pattern, split: str | None = None, classes: Classes | None
         place = Path(one)
         mode = mode_at(place, "a folder, a zip file or shards of images")
         if stat.S_ISDIR(mode):
+            if code_folders(place) is not None:
+                return _open_tokens(place, split, classes)
             shards = shards_in(place, split)
             if not shards:
                 return FolderSource(place, split, classes)
@@ -260,16 +264,24 @@ def open_source(path: Pattern, split: str | None = None, classes: Classes | None
     return _open_shards(path, split, classes)
 
 
-def _open_shards(pattern: Pattern, split: str | None, classes: Classes | None) -> TarSource | ParquetSource:
+def _open_shards(pattern: Pattern, split: str | None, classes: Classes | None) -> ImageSource:
     """Open shards as what the first of them is; see ``open_source`` for the errors."""
     shards = Shards(pattern)
     kind = shards.kind(0)
+    if kind == TOKENS:
+        return _open_tokens(pattern, split, classes)
     if kind != PARQUET:
         # the list of a tar file says best what is wrong with a file that is none
         return TarSource(pattern, split, classes)
     if split:
         raise UsageError(f"expected no split of the parquet file {shards.paths[0]}, got {split!r}; name its shards")
     return ParquetSource(pattern, classes)
+
+
+def _open_tokens(path: Pattern, split: str | None, classes: Classes | None) -> TokenSource:
+    if split:
+        raise UsageError(f"expected no split of the tokens {path}, got {split!r}; name the files of the split")
+    return TokenSource(path, classes)
 
 
 def embedded_source(split: str) -> ZipSource:

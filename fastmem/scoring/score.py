@@ -19,7 +19,7 @@ from torch import Tensor
 from fastmem.backends.select import Backend, choose_backend
 from fastmem.data.decoding import Skipped
 from fastmem.data.manifest import Manifest, WorkUnit
-from fastmem.data.sources import ImageSource
+from fastmem.data.sources import ImageSource, TokenSource
 from fastmem.data.views import Joined
 from fastmem.files import read_json, read_tensors, write_json, write_tensors
 from fastmem.models.model import Model
@@ -185,6 +185,9 @@ class _Scorer:
             )
         self.identity = self._identity(manifests)
         goes_on = self.folder is not None and self.folder.check(self.identity, resume)
+        if any(isinstance(source, TokenSource) for source in sets.values()):
+            # they need not be kept a second time
+            self.cache = None
         tokens, self.cache = plan_tokens(self.cache, self.loaded, manifests, self.reporter.note)
         if check_classes and not goes_on:
             self._check_class_order(sets["train"], manifests["train"])
