@@ -6,10 +6,15 @@ import errno
 import os
 import re
 import stat
+import struct
 import zipfile
-from collections.abc import Sequence
+import zlib
+from array import array
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
 
 from fastmem.data.decoding import SUFFIXES, Skipped
 from fastmem.data.system_files import is_system_name
@@ -24,9 +29,11 @@ OUTSIDE, LATER = "its path leads out of the archive", "the archive holds a later
 # what an entry of a folder is
 _FOLDER, _FILE = "folder", "file"
 _DRIVE = re.compile("[A-Za-z]:")
-# a flag of a file in a zip, and the methods of compression that Python unpacks step by step: of the others, a few
+# flags of a file in a zip, and the methods of compression that Python unpacks step by step: of the others, a few
 # kilobytes may unpack to gigabytes at once
-_ENCRYPTED = 1
+_ENCRYPTED, _UTF8 = 1, 2048
+# the header of a file in a zip: its flags, and the lengths of its name and of an extra field behind it
+_HEADER, _HEADER_START = struct.Struct("<6sH18xHH"), b"PK\x03\x04"
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
 
@@ -202,13 +209,34 @@ class Member(NamedTuple):
     refusal: str | None
 
 
-def zip_members(entries: Sequence[zipfile.ZipInfo]) -> list[Member]:
-    """Return the files and folders among the entries of a zip file's directory, without those that systems make."""
+class ZipPlace(NamedTuple):
+    """Where a file in a zip lies, and how it is packed.
+
+    Attributes:
+        header: position of its own header.
+        packed: bytes in the zip.
+        unpacked: bytes that it has.
+        method: number of the method of compression.
+        checksum: CRC-32 of its content.
+    """
+
+    header: int
+    packed: int
+    unpacked: int
+    method: int
+    checksum: int
+
+
+def zip_members(entries: Iterable[zipfile.ZipInfo]) -> tuple[list[Member], np.ndarray]:
+    """Return the files and folders of a zip file's directory, without those that systems make, and all their places.
+
+    The places are int64 [entries, 5], each a `ZipPlace`.
+    """
     members = []
+    places = array("q")
     for number, entry in enumerate(entries):
-        # some programs write names with a leading "./", and some on Windows separate folders by backslashes
-        path = entry.filename.replace("\\", "/")
-        parts = [part for part in path.split("/") if part not in ("", ".")]
+        places.extend((entry.header_offset, entry.compress_size, entry.file_size, entry.compress_type, entry.CRC))
+        path, parts = _parts(entry.filename)
         if not parts or any(is_system_name(part) for part in parts if part != ".."):
             continue
         outside = path.startswith("/") or ".." in parts or _DRIVE.fullmatch(parts[0]) is not None
@@ -217,13 +245,44 @@ def zip_members(entries: Sequence[zipfile.ZipInfo]) -> list[Member]:
             members.append(Member(entry.filename, number, is_folder, OUTSIDE))
         else:
             members.append(Member(name, number, is_folder, None if is_folder else _member_refusal(name, entry)))
-    return members
+    return members, np.array(places, np.int64).reshape(-1, len(ZipPlace._fields))
 
 
-def member_name(entry: zipfile.ZipInfo) -> str | None:
-    """Return the name that `zip_members` gives an entry, or None if it passes it over."""
-    members = zip_members([entry])
-    return members[0].name if members else None
+def _parts(name: str) -> tuple[str, list[str]]:
+    # some programs write names with a leading "./", and some on Windows separate folders by backslashes
+    path = name.replace("\\", "/")
+    return path, [part for part in path.split("/") if part not in ("", ".")]
+
+
+def unzip(place: ZipPlace, name: str, read: Callable[[int, int], bytes]) -> bytes | None:
+    """Return the content of a file in a zip, or None where another file lies at its place.
+
+    ``name`` is its path without empty parts and dots, and ``read`` returns the zip's bytes from a position on.
+
+    Raises:
+        OSError: the zip cannot be read there.
+        ValueError, zlib.error: the content is damaged.
+    """
+    header = read(place.header, _HEADER.size)
+    if len(header) < _HEADER.size or not header.startswith(_HEADER_START):
+        return None
+    _, flags, name_bytes, extra_bytes = _HEADER.unpack(header)
+    start = place.header + _HEADER.size
+    own = read(start, name_bytes).decode("utf-8" if flags & _UTF8 else "cp437", "replace")
+    # as the library reads names
+    if "/".join(_parts(zipfile.ZipInfo(own).filename)[1]) != name:
+        return None
+    packed = read(start + name_bytes + extra_bytes, place.packed)
+    if place.method == zipfile.ZIP_STORED:
+        content = packed
+    else:
+        # no more than the zip says, because a file may unpack to much more
+        content = zlib.decompressobj(-15).decompress(packed, place.unpacked + 1)
+    if len(content) != place.unpacked:
+        raise ValueError(f"{len(content)} bytes, expected {place.unpacked}")
+    if zlib.crc32(content) != place.checksum:
+        raise ValueError("Bad CRC-32")
+    return content
 
 
 def _member_refusal(name: str, entry: zipfile.ZipInfo) -> str | None:

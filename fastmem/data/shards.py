@@ -251,6 +251,11 @@ class Shards:
     def __len__(self) -> int:
         return len(self.paths)
 
+    def close(self) -> None:
+        """Close all files; they are opened again when they are read."""
+        while self._open:
+            self._open.popitem()[1][0].close()
+
     def file(self, number: int) -> BinaryIO:
         """Return a shard as an open file, at any position.
 

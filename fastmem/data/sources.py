@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import stat
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -23,16 +24,16 @@ from PIL import Image
 from fastmem.data.class_order import MAX_UNNAMED_CLASSES, Classes, in_label_order
 from fastmem.data.decoding import DamagedImage, decode
 from fastmem.data.listing import (
-    MAX_ENTRY_BYTES,
+    ZipPlace,
     folder_names,
     list_folder,
     list_members,
-    member_name,
     members_prefix,
     mode_at,
     no_split,
     open_zip,
     regular,
+    unzip,
     zip_members,
 )
 from fastmem.data.parquet_source import ParquetSource
@@ -60,8 +61,6 @@ __all__ = [
 
 # files are read in blocks of this size to be hashed
 _HASHED_BYTES = 2**20
-# files in a zip are unpacked in steps of this size
-_UNPACKED_BYTES = 2**16
 
 
 class FolderSource(ImageSource):
@@ -134,21 +133,21 @@ class ZipSource(ImageSource):
 
     def __init__(self, path: str | os.PathLike[str], split: str | None = None, classes: Classes | None = None) -> None:
         self.path = Path(path)
-        self.place, self.split = os.path.abspath(path), split
-        self._zip: zipfile.ZipFile | None = None
-        self._owner = 0
+        self._shards = Shards([self.path])
         with open_zip(self.path) as archive:
-            members = zip_members(archive.infolist())
+            self._shards.size(0)
+            self._shards.close()
+            # a million entries of the directory take most of a GB, so each goes as soon as it is read
+            archive.NameToInfo.clear()
+            members, places = zip_members(_emptied(archive.infolist()))
         self._prefix = members_prefix(members, split, str(self.path))
         description = f"zip {self.path}" + (f":{self._prefix[:-1]}" if self._prefix else "")
         found, skipped, numbers = list_members(members, self._prefix)
         names, labels, ordered = in_label_order(found, skipped, classes, description, guess=split is None)
-        # position of each image in the zip's directory, because its name there may be written otherwise
-        self._numbers = np.array([numbers[name] for name in names], dtype=np.int64)
+        # where each image lies, so that no process has to read the zip's directory again
+        self._places = places[np.array([numbers[name] for name in names], dtype=np.int64)]
         super().__init__(names, labels, ordered, skipped, description)
-
-    def __getstate__(self) -> dict[str, object]:
-        return self.__dict__ | {"_zip": None}
+        self.place, self.split = os.path.abspath(path), split
 
     def read(self, index: int) -> Image.Image:
         return decode(BytesIO(self._content(index)), str(self.names[index]))
@@ -157,22 +156,21 @@ class ZipSource(ImageSource):
         return content_hash([self._content(index)])
 
     def _content(self, index: int) -> bytes:
-        # an open file and its position are shared with a forked worker, so every process opens the file itself
-        if self._zip is None or self._owner != os.getpid():
-            self._zip, self._owner = open_zip(self.path), os.getpid()
-        name, number = str(self.names[index]), self._numbers[index]
-        entries = self._zip.infolist()
-        if number >= len(entries) or member_name(entries[number]) != self._prefix + name:
-            raise DamagedImage("not in the zip any more", name)
-        if entries[number].file_size > MAX_ENTRY_BYTES:
-            raise DamagedImage(f"huge: {entries[number].file_size} bytes, the limit is {MAX_ENTRY_BYTES}", name)
+        name, place = str(self.names[index]), ZipPlace(*self._places[index].tolist())
         try:
-            # in steps, because the file may unpack to more than the size that the zip says
-            with self._zip.open(entries[number]) as file:
-                return b"".join(iter(partial(file.read, _UNPACKED_BYTES), b""))
-        # compression methods, encryption and check sums all raise exceptions of their own
-        except Exception as error:
+            content = unzip(place, self._prefix + name, partial(self._shards.read, 0))
+        except (OSError, ValueError, zlib.error) as error:
             raise DamagedImage(f"damaged in the zip: {error or type(error).__name__}", name) from error
+        if content is None:
+            raise DamagedImage("not in the zip any more", name)
+        return content
+
+
+def _emptied(entries: list[zipfile.ZipInfo]) -> Iterator[zipfile.ZipInfo]:
+    """Yield the entries of a list, and take them out of it."""
+    entries.reverse()
+    while entries:
+        yield entries.pop()
 
 
 class ArraySource(ImageSource):
