@@ -385,7 +385,8 @@ def test_inception_metrics_are_those_of_their_definitions():
     assert found.metrics["kid"] == kernel_distance(samples.vectors, real.vectors).value
     assert found.metrics["kid-low"] < found.metrics["kid-subsets"] < found.metrics["kid-high"]
     expected = isc_features_to_metric(torch.from_numpy(samples.logits))
-    assert found.metrics["is"] == expected["inception_score_mean"]
+    assert found.metrics["is"] == pytest.approx(expected["inception_score_mean"], rel=1e-12)
+    assert found.metrics["is-std"] == pytest.approx(expected["inception_score_std"], rel=1e-9)
     precision, recall = calculate_precision_recall_full(*(torch.from_numpy(f.vectors) for f in (samples, real)))
     assert (found.metrics["precision"], found.metrics["recall"]) == (precision, recall)
 
@@ -539,7 +540,7 @@ ROWS = {
     "inception file that is missing": (("--inception", "{tmp}/no.pth"), 3, "no.pth, got no such file"),
     "inception file without a use": (("--features", "sscd", "--inception", "x"), 2, "expected no --inception"),
     "sscd file without a use": (("--features", "none", "--sscd", "x"), 2, "expected no --sscd"),
-    "statistics without inception": (("--reference", "{tmp}/s.npz"), 2, "expected Inception features"),
+    "npz that is missing": (("--reference", "{tmp}/s.npz"), 3, "s.npz, got no such file"),
     "reference that is missing": (("--reference", "{tmp}/nowhere"), 3, "nowhere"),
     "edit that is not there": (("--edit", "none"), 2, "none"),
 }

@@ -10,8 +10,9 @@ from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, k
 
 from fastmem import InputFileError, UsageError
 from fastmem.quality import kernel
-from fastmem.quality.frechet import FeatureMoments, Gaussian, frechet_distance, read_statistics
+from fastmem.quality.frechet import FeatureMoments, Gaussian, frechet_distance
 from fastmem.quality.kernel import kernel_distance, kernel_subsets
+from fastmem.quality.npz import read_statistics
 
 
 def rotation(dimensions: int, seed: int) -> np.ndarray:
