@@ -1,9 +1,9 @@
 """The metrics of images against torch-fidelity's own functions, on the same 10,000 features of Inception's size.
 
 Rows: the moments for FID, of batches of 64 and of one batch; the Frechet distance of two Gaussians; KID over 100
-subsets of 1,000. Beside each ratio ours / theirs stands the limit: the time of the matrix products alone that the metric needs,
-as a share of theirs. torch-fidelity gathers features before it computes moments, so the same function is its peer for
-batches and for one batch; batches are joined inside its time.
+subsets of 1,000. Beside each ratio ours / theirs stands the limit: the time of the matrix products alone that the
+metric needs, as a share of theirs. torch-fidelity gathers features before it computes moments, so the same function is
+its peer for batches and for one batch; batches are joined inside its time.
 
 ``python benches/quality.py [NAME ...]`` measures these rows only; FASTMEM_PAIRS is another number of pairs.
 """
