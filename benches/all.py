@@ -134,6 +134,22 @@ BENCHES = (
         ),
     ),
     Bench(
+        "quality",
+        25,
+        ratio(
+            lambda r: f"{r['what']} / torch-fidelity",
+            "median",
+            "low",
+            "high",
+            lambda r: share(float(r["products"]), float(r["theirs"])),
+        ),
+    ),
+    Bench(
+        "quality_memory",
+        3,
+        lambda r: Line(f"features of {int(r['images']):,} images, peak", f"{r['mib']} MiB"),
+    ),
+    Bench(
         "gpu_kernels",
         5,
         lambda r: Line(

@@ -35,7 +35,7 @@ MEASURE = "What is measured"
 @option(
     "--reference",
     MEASURE,
-    "heldout, train, a folder or zip of images, or a .npz file with mu and sigma.  [default: heldout]",
+    "heldout, train, a folder or zip of images, or a .npz file with mu and sigma or images.  [default: heldout]",
     metavar="R",
 )
 @option(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,11 +44,14 @@ def compare(
 ) -> Comparison:
     """Return the metrics of several feature extractors together.
 
-    ``samples`` holds the features of the samples and ``references`` the reference, one of each for every extractor.
+    ``samples`` holds the features of the samples and ``references`` the reference, one of each for every extractor. A
+    metric that is no finite number is left out, and a note says so.
     """
     parts = [e.compare(s, r) for e, s, r in zip(extractors, samples, references, strict=True)]
     metrics = {name: value for part in parts for name, value in part.metrics.items()}
-    return Comparison(metrics, tuple(note for part in parts for note in part.notes))
+    notes = [note for part in parts for note in part.notes]
+    notes += [f"no {name}: it is not a finite number" for name, value in metrics.items() if not math.isfinite(value)]
+    return Comparison({name: value for name, value in metrics.items() if math.isfinite(value)}, tuple(notes))
 
 
 def measure(

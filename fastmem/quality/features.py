@@ -12,11 +12,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fastmem.errors import UsageError
-from fastmem.files import read_tensors, write_tensors
+from fastmem.errors import InputFileError, UsageError
+from fastmem.files import check_tensors, read_tensors, write_tensors
 from fastmem.index.embedding import DIMENSIONS, Embedder, embed
 from fastmem.quality.frechet import Gaussian
 from fastmem.quality.kernel import kernel_distance
+from fastmem.quality.rows import ChosenRows, Rows, check_finite, stored_rows
 from fastmem.tokens.true_images import spread
 
 SCHEMA = "fastmem.features/1"
@@ -26,10 +27,22 @@ MOST_PAIRED = 50_000
 
 @dataclass(frozen=True, eq=False)
 class Features:
-    """Feature vectors of pictures, float32 [N,D], and the logits, float32 [N,C], of a network that also classifies."""
+    """Feature vectors of pictures, and the logits of a network that also classifies.
 
-    vectors: np.ndarray
-    logits: np.ndarray | None = None
+    Attributes:
+        vectors: float32 [N,D], in memory or in files.
+        logits: float32 [N,C]; None where the network does not classify.
+        gaussian: mean and covariance of the vectors, where they are saved beside them.
+    """
+
+    vectors: Rows
+    logits: Rows | None = None
+    gaussian: Gaussian | None = None
+
+    def __post_init__(self) -> None:
+        for part in (self.vectors, self.logits):
+            if isinstance(part, np.ndarray):
+                check_finite(part, "the network")
 
     def __len__(self) -> int:
         return len(self.vectors)
@@ -37,31 +50,58 @@ class Features:
     @classmethod
     def join(cls, parts: Sequence[Features]) -> Features:
         """Return the features of all parts in order, with logits where every part has them; one part is needed."""
-        logits = [part.logits for part in parts if part.logits is not None]
-        vectors = np.concatenate([part.vectors for part in parts])
+        logits = [part.logits[:] for part in parts if part.logits is not None]
+        vectors = np.concatenate([part.vectors[:] for part in parts])
         return cls(vectors, np.concatenate(logits) if len(logits) == len(parts) else None)
 
     def save(self, path: Path, header: Mapping[str, str]) -> None:
         """Write the features and a header to a safetensors file. Raises: UsageError where it cannot be written."""
         named = {"vectors": self.vectors, "logits": self.logits}
-        tensors = {name: torch.from_numpy(values) for name, values in named.items() if values is not None}
+        tensors = {name: torch.from_numpy(values[:]) for name, values in named.items() if values is not None}
         write_tensors(path, tensors, SCHEMA, header)
 
     @classmethod
-    def load(cls, path: Path, header: Mapping[str, str]) -> Features:
-        """Read features from a file that `save` wrote, and check that its header has the entries of ``header``.
+    def load(cls, paths: Path | Sequence[Path], header: Mapping[str, str]) -> Features:
+        """Return the features in files, one below the other, and check that their headers have all of ``header``.
 
-        Raises: InputFileError where the file is missing or damaged; UsageError where its header differs.
+        The vectors stay in the files, and are read when they are asked for.
+
+        Raises: InputFileError where a file is missing or damaged; UsageError where its header differs.
         """
-        tensors, found = read_tensors(path, SCHEMA)
-        for key, value in header.items():
-            if found.get(key) != value:
-                raise UsageError(
-                    f"expected features with {key} {value} in {path}, got {found.get(key)}: remove the file to have it "
-                    "made anew"
-                )
-        logits = tensors.get("logits")
-        return cls(tensors["vectors"].numpy(), None if logits is None else logits.numpy())
+        files = [paths] if isinstance(paths, Path) else list(paths)
+        vectors, headers = stored_rows(files, SCHEMA, "vectors")
+        for path, found in zip(files, headers, strict=True):
+            for key, value in header.items():
+                if found.get(key) != value:
+                    raise UsageError(
+                        f"expected features with {key} {value} in {path}, got {found.get(key)}: remove the file to "
+                        "have it made anew"
+                    )
+        if vectors is None:
+            raise InputFileError(
+                f"expected a tensor vectors of float32 [N,D] in every file of features from {files[0]} on, got none: "
+                "remove the file to have it made anew"
+            )
+        logits = stored_rows(files, SCHEMA, "logits")[0]
+        if logits is not None and not np.array_equal(logits.ends, vectors.ends):
+            raise InputFileError(
+                f"expected as many logits as vectors in the files of features from {files[0]} on, got {len(logits)} "
+                f"and {len(vectors)}: remove the file to have it made anew"
+            )
+        return cls(vectors, logits, _saved_gaussian(files[0], vectors) if len(files) == 1 else None)
+
+
+def _saved_gaussian(path: Path, vectors: Rows) -> Gaussian | None:
+    """Return the mean and covariance that a file of features holds beside them, or None where it holds none."""
+    tensors, _ = read_tensors(path, SCHEMA)
+    if "mu" not in tensors or "sigma" not in tensors:
+        return None
+    size = vectors.shape[1]
+    check_tensors(path, tensors, {"mu": ("float64", (size,)), "sigma": ("float64", (size, size))})
+    mu, sigma = (np.array(tensors[name].numpy()) for name in ("mu", "sigma"))
+    check_finite(mu, str(path))
+    check_finite(sigma, str(path))
+    return Gaussian(mu, sigma, len(vectors))
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +112,7 @@ class Reference:
         description: a few words for people.
         content: SHA-256 of the images, or of the statistics.
         features: features of the images; None where only their statistics are known.
-        gaussian: mean and covariance of the features, from a file; None where ``features`` is given.
+        gaussian: mean and covariance of the features, from a file of statistics; None where ``features`` is given.
         class_counts: number of images by label; empty where only statistics are known.
         train: whether these are training images; a model that copies those gets better metrics.
     """
@@ -155,13 +195,13 @@ def compare_by_kernel(name: str, samples: Features, reference: Reference, scale:
         return Comparison({}, (f"no {name}: {reference.description} holds no features of single images",))
     sides, notes = thinned(name, samples, reference.features)
     try:
-        found = kernel_distance(*(vectors * np.float32(scale) for vectors in sides))
+        found = kernel_distance(*sides, scale=scale)
     except UsageError as error:
         return Comparison({}, (f"no {name}: {error}",))
     return Comparison({name: found.value, f"{name}-low": found.low, f"{name}-high": found.high}, notes)
 
 
-def thinned(name: str, samples: Features, reference: Features) -> tuple[tuple[np.ndarray, np.ndarray], tuple[str, ...]]:
+def thinned(name: str, samples: Features, reference: Features) -> tuple[tuple[Rows, Rows], tuple[str, ...]]:
     """Return the vectors of at most ``MOST_PAIRED`` images of each side, evenly spread, and notes where there are more.
 
     ``samples`` and ``reference`` are the features of the two sides, and ``name`` is the metric that notes are about.
@@ -172,5 +212,8 @@ def thinned(name: str, samples: Features, reference: Features) -> tuple[tuple[np
         for what, side in sides.items()
         if len(side) > MOST_PAIRED
     )
-    mine, theirs = (side.vectors[spread(len(side), MOST_PAIRED)] for side in sides.values())
+    mine, theirs = (
+        side.vectors if len(side) <= MOST_PAIRED else ChosenRows(side.vectors, spread(len(side), MOST_PAIRED))
+        for side in sides.values()
+    )
     return (mine, theirs), notes

@@ -1,14 +1,16 @@
-"""Frechet distance between feature vectors in float64: mean and covariance, computed in batches or read from a file."""
+"""Frechet distance between feature vectors in float64: mean and covariance, computed in batches."""
 
 from __future__ import annotations
 
-import zipfile
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import numpy as np
+from scipy.linalg import blas
 
-from fastmem.errors import InputFileError, UsageError
+from fastmem.errors import UsageError
+
+# vectors that are folded at once: few passes over the scatter, and a block of 2,048 dimensions is 32 MiB in float64
+BLOCK = 2048
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,31 +27,46 @@ class Gaussian:
 
 @dataclass(frozen=True, eq=False)
 class FeatureMoments:
-    """Running mean and scatter of feature vectors, which do not depend on batches or order, up to about 1e-10.
+    """Running mean and scatter of feature vectors, in memory that does not grow with their number.
+
+    Vectors are folded in blocks of ``BLOCK``, so that the same vectors in the same order give the same bits for any
+    split into batches. Other orders, and merges, agree up to about 1e-10.
 
     Attributes:
-        count: number of vectors so far.
+        folded: number of vectors in mean and scatter.
         mean: float64 [D].
-        scatter: float64 [D,D], sum of the outer products of the centred vectors with themselves.
+        scatter: float64 [D,D], sum of the outer products of the centred vectors with themselves; only its upper
+            triangle holds numbers.
+        waiting: batches, float [n,D], of fewer than ``BLOCK`` vectors together, that are not folded yet.
     """
 
-    count: int
+    folded: int
     mean: np.ndarray
     scatter: np.ndarray
+    waiting: tuple[np.ndarray, ...] = ()
+
+    @property
+    def count(self) -> int:
+        """Number of vectors so far."""
+        return self.folded + sum(map(len, self.waiting))
 
     @classmethod
     def zero(cls, dimensions: int) -> FeatureMoments:
         """Return the moments of an empty set of vectors of length ``dimensions``."""
-        return cls(0, np.zeros(dimensions), np.zeros((dimensions, dimensions)))
+        return cls(0, np.zeros(dimensions), np.zeros((dimensions, dimensions), order="F"))
 
     def update(self, vectors: np.ndarray) -> FeatureMoments:
         """Return these moments with a batch of vectors, float [n,D], added."""
-        if not len(vectors):
-            return self
-        wide = vectors.astype(np.float64)
-        mean = wide.mean(0)
-        centred = wide - mean
-        return self.merge(FeatureMoments(len(wide), mean, centred.T @ centred))
+        start = BLOCK - sum(map(len, self.waiting))
+        if len(vectors) < start:
+            # a copy, because the caller may use the array again
+            return replace(self, waiting=(*self.waiting, vectors.copy())) if len(vectors) else self
+        first = np.concatenate([*self.waiting, vectors[:start]]) if self.waiting else vectors[:start]
+        moments = replace(self, waiting=())._fold(first)
+        while len(vectors) - start >= BLOCK:
+            moments = moments._fold(vectors[start : start + BLOCK])
+            start += BLOCK
+        return moments.update(vectors[start:])
 
     def merge(self, other: FeatureMoments) -> FeatureMoments:
         """Return the moments of both sets of vectors together.
@@ -57,12 +74,14 @@ class FeatureMoments:
         Source: Chan, Golub and LeVeque, Updating formulae and a pairwise algorithm for computing sample variances
         (1979).
         """
-        count = self.count + other.count
+        mine, theirs = self._settled(), other._settled()
+        count = mine.folded + theirs.folded
         if not count:
-            return self
-        step = other.mean - self.mean
-        shift = np.outer(step, step) * (self.count * other.count / count)
-        return FeatureMoments(count, self.mean + step * (other.count / count), self.scatter + other.scatter + shift)
+            return mine
+        step = theirs.mean - mine.mean
+        shift = np.outer(step, step) * (mine.folded * theirs.folded / count)
+        mean = mine.mean + step * (theirs.folded / count)
+        return FeatureMoments(count, mean, np.asfortranarray(mine.scatter + theirs.scatter + shift))
 
     def finish(self) -> Gaussian:
         """Return mean and covariance.
@@ -75,14 +94,36 @@ class FeatureMoments:
                 f"expected at least {dimensions + 1} images for a Frechet distance of {dimensions} dimensions, got "
                 f"{self.count}: use a kernel distance, or more images"
             )
-        return Gaussian(self.mean, self.scatter / (self.count - 1), self.count)
+        moments = self._settled()
+        upper = np.triu(moments.scatter) / (moments.folded - 1)
+        return Gaussian(moments.mean, upper + np.triu(upper, 1).T, moments.folded)
+
+    def _settled(self) -> FeatureMoments:
+        """Return these moments with no vectors waiting."""
+        return replace(self, waiting=())._fold(np.concatenate(self.waiting)) if self.waiting else self
+
+    def _fold(self, block: np.ndarray) -> FeatureMoments:
+        """Return these moments with a block of vectors folded into mean and scatter.
+
+        Products are of float64: those of float32 would move a distance of nearly equal sets by more than its digits.
+        """
+        # any origin near the mean keeps the digits; the old mean saves a pass over the block
+        origin = self.mean if self.folded else block.mean(0, dtype=np.float64)
+        centred = np.subtract(block, origin, dtype=np.float64)
+        total = np.ones(len(block)) @ centred
+        count = self.folded + len(block)
+        # half the work of a matrix product, added in place: the result is symmetric
+        scatter = blas.dsyrk(1.0, centred.T, beta=1.0, c=self.scatter)
+        scatter = blas.dsyr(-1.0 / count, total, a=scatter, overwrite_a=True)
+        return FeatureMoments(count, origin + total / count, scatter)
 
 
 def frechet_distance(first: Gaussian, second: Gaussian) -> float:
     """Return the squared Frechet distance |mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of two Gaussians, in float64.
 
-    The trace of (S1 S2)^(1/2) is computed as the sum of the singular values of S1^(1/2) S2^(1/2), so it is always real
-    and never negative. A matrix square root of S1 S2 need not be, where the covariances are nearly singular.
+    With S1 = F F^T, the eigenvalues of S1 S2 are those of the symmetric matrix F^T S2 F, so the trace of the root is
+    always real and never negative. A matrix square root of S1 S2 need not be, where the covariances are nearly
+    singular.
 
     Raises: UsageError for Gaussians of different dimensions.
 
@@ -93,41 +134,16 @@ def frechet_distance(first: Gaussian, second: Gaussian) -> float:
             f"expected two Gaussians of equal dimensions, got {len(first.mu)} and {len(second.mu)}: use statistics of "
             "the same features"
         )
-    roots = _root(first.sigma) @ _root(second.sigma)
-    overlap = np.linalg.svd(roots, compute_uv=False).sum()
+    factor = _factor(first.sigma)
+    overlap = np.sqrt(np.linalg.eigvalsh(factor.T @ second.sigma @ factor).clip(min=0)).sum()
     step = first.mu - second.mu
     return float(step @ step + np.trace(first.sigma) + np.trace(second.sigma) - 2 * overlap)
 
 
-def _root(sigma: np.ndarray) -> np.ndarray:
-    values, vectors = np.linalg.eigh((sigma + sigma.T) / 2)
-    return (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
-
-
-def read_statistics(path: Path, dimensions: int) -> Gaussian:
-    """Read reference statistics from a .npz file: its arrays ``mu`` [D] and ``sigma`` [D,D], where D is ``dimensions``.
-
-    Raises: InputFileError where the file is missing or damaged, or lacks an array, or where an array has another shape
-    or a value that is not finite.
-
-    Source: openai/guided-diffusion evaluations/evaluator.py.
-    """
-    if not path.is_file():
-        raise InputFileError(f"expected reference statistics at {path}, got no such file: check the path")
+def _factor(sigma: np.ndarray) -> np.ndarray:
+    """Return a matrix F with F F^T = sigma: Cholesky's, or one of eigenvectors where ``sigma`` is singular."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            mu, sigma = (np.asarray(file[name], dtype=np.float64) for name in ("mu", "sigma"))
-    # numpy also loads a .npy file, which raises an error only when it is used as an archive
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
-        raise InputFileError(
-            f"expected a .npz file with arrays mu and sigma in {path}, got one that cannot be used "
-            f"({type(error).__name__}: {' '.join(str(error).split())[:120]}): download it again"
-        ) from error
-    fits = mu.shape == (dimensions,) and sigma.shape == (dimensions, dimensions)
-    if not fits or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-        what = "values that are not finite" if fits else f"mu {list(mu.shape)} and sigma {list(sigma.shape)}"
-        raise InputFileError(
-            f"expected mu [{dimensions}] and sigma [{dimensions},{dimensions}] in {path}, got {what}: use statistics "
-            "of the same features"
-        )
-    return Gaussian(mu, sigma)
+        return np.linalg.cholesky(sigma)
+    except np.linalg.LinAlgError:
+        values, vectors = np.linalg.eigh(sigma)
+        return vectors * np.sqrt(values.clip(min=0))

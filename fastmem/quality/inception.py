@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from fastmem.models.checkpoints import read_state, resolve_device
 from fastmem.quality.features import Comparison, Features, Reference, compare_by_kernel, thinned
 from fastmem.quality.frechet import FeatureMoments, Gaussian, frechet_distance
 from fastmem.quality.kernel import SUBSET_SIZE, kernel_subsets
+from fastmem.quality.rows import Rows, blocks
 
 OFFICIAL_FILE = "weights-inception-2015-12-05-6726825d.pth"
 OFFICIAL_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{OFFICIAL_FILE}"
@@ -26,9 +28,11 @@ VECTORS, LOGITS = "2048", "logits_unbiased"
 CPU_BATCH, GPU_BATCH = 16, 128
 # parts of the samples over which the inception score is averaged
 SCORE_SPLITS = 10
+# torch-fidelity's seed for the parts
+SCORE_SEED = 2020
 # neighbours whose distance sets the radius of an image in precision and recall
 NEIGHBOURS = 3
-# images whose distances to all other images are in memory at once
+# images whose distances to as many others are in memory at once
 DISTANCE_ROWS = 2000
 
 
@@ -140,10 +144,11 @@ class InceptionFeatures:
 
 
 def _gaussian(features: Features) -> Gaussian:
+    if features.gaussian is not None:
+        return features.gaussian
     moments = FeatureMoments.zero(features.vectors.shape[1])
-    # in parts, because the copy in float64 takes twice the memory
-    for start in range(0, len(features), DISTANCE_ROWS):
-        moments = moments.update(features.vectors[start : start + DISTANCE_ROWS])
+    for part in blocks(features.vectors):
+        moments = moments.update(part)
     return moments.finish()
 
 
@@ -169,21 +174,69 @@ def _subsets(samples: Features, reference: Reference) -> Comparison:
 
 
 def _inception_score(samples: Features) -> Comparison:
-    if len(samples) < SCORE_SPLITS:
-        return Comparison({}, (f"no is: that takes at least {SCORE_SPLITS} images",))
-    from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
+    """Return the inception score, as torch-fidelity computes it, from logits that are read in blocks.
 
-    found = isc_features_to_metric(torch.from_numpy(samples.logits), splits=SCORE_SPLITS)
-    return Comparison({"is": found[KEY_METRIC_ISC_MEAN], "is-std": found[KEY_METRIC_ISC_STD]})
+    The score of a part of the samples is the exponential of the mean entropy's distance: mean of the sum of p log p,
+    minus the sum of q log q, q being the mean of the probabilities p.
+
+    Source: toshas/torch-fidelity metric_isc.py.
+    """
+    if samples.logits is None or len(samples) < SCORE_SPLITS:
+        return Comparison({}, (f"no is: that takes logits of at least {SCORE_SPLITS} images",))
+    count = len(samples)
+    bounds = [i * count // SCORE_SPLITS for i in range(SCORE_SPLITS + 1)]
+    split_of = np.empty(count, dtype=np.int64)
+    # torch-fidelity's order of the samples
+    split_of[np.random.RandomState(SCORE_SEED).permutation(count)] = np.repeat(range(SCORE_SPLITS), np.diff(bounds))
+    classes = samples.logits.shape[1]
+    probabilities = torch.zeros(SCORE_SPLITS, classes, dtype=torch.float64)
+    entropies = torch.zeros(SCORE_SPLITS, dtype=torch.float64)
+    for start in range(0, count, DISTANCE_ROWS):
+        logits = torch.from_numpy(samples.logits[start : start + DISTANCE_ROWS]).double()
+        own, at = logits.softmax(1), torch.from_numpy(split_of[start : start + DISTANCE_ROWS])
+        probabilities.index_add_(0, at, own)
+        entropies.index_add_(0, at, (own * logits.log_softmax(1)).sum(1))
+    sizes = torch.from_numpy(np.diff(bounds)).double()
+    mean = probabilities / sizes[:, None]
+    scores = (entropies / sizes - torch.special.xlogy(mean, mean).sum(1)).exp()
+    return Comparison({"is": float(scores.mean()), "is-std": float(scores.std(correction=0))})
 
 
 def _precision_and_recall(samples: Features, reference: Reference) -> Comparison:
+    """Return how many samples lie among the reference's images, and the other way round, from blocks of distances.
+
+    Source: toshas/torch-fidelity metric_prc.py.
+    """
     if reference.features is None or min(len(samples), len(reference.features)) <= NEIGHBOURS:
         return Comparison(
             {}, (f"no precision and recall: that takes features of {NEIGHBOURS + 1} images on either side",)
         )
-    from torch_fidelity.metric_prc import calculate_precision_recall_part
-
-    sides, notes = thinned("precision and recall", samples, reference.features)
-    precision, recall = calculate_precision_recall_part(*map(torch.from_numpy, sides), NEIGHBOURS, DISTANCE_ROWS)
+    (mine, theirs), notes = thinned("precision and recall", samples, reference.features)
+    precision, recall = _share_within(mine, theirs), _share_within(theirs, mine)
     return Comparison({"precision": precision, "recall": recall}, notes)
+
+
+def _share_within(points: Rows, centres: Rows) -> float:
+    """Return the share of points that are no further from some centre than its third-nearest other centre is."""
+    radii = torch.cat([_radii(block, centres) for block in _tensors(centres)])
+    inside = []
+    for block in _tensors(points):
+        found = torch.zeros(len(block), dtype=torch.bool)
+        for start, others in zip(range(0, len(centres), DISTANCE_ROWS), _tensors(centres), strict=True):
+            found |= (torch.cdist(block, others) <= radii[start : start + len(others)]).any(1)
+        inside.append(found)
+    return float(torch.cat(inside).float().mean())
+
+
+def _radii(block: torch.Tensor, centres: Rows) -> torch.Tensor:
+    """Return the distance of each centre of a block to its third-nearest other centre, float32 [n]."""
+    nearest = torch.empty(len(block), 0)
+    for others in _tensors(centres):
+        together = torch.cat([nearest, torch.cdist(block, others)], dim=1)
+        # one more, because a centre is nearest to itself
+        nearest = together.topk(min(NEIGHBOURS + 1, together.shape[1]), largest=False).values
+    return nearest.max(1).values
+
+
+def _tensors(rows: Rows) -> Iterator[torch.Tensor]:
+    return map(torch.from_numpy, blocks(rows, DISTANCE_ROWS))

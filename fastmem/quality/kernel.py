@@ -7,15 +7,20 @@ number of images.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import stats
+from scipy.linalg import blas
 
 from fastmem.errors import UsageError
+from fastmem.quality.rows import Rows
 
 # vectors of each side whose kernel is computed at once
 BLOCK = 2048
+# rows of a kernel that are cubed and summed at once
+ROWS = 32
 # groups of the jackknife
 GROUPS = 40
 # with one vector left out, there must still be a pair
@@ -53,21 +58,27 @@ def kernel(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return product * product * product
 
 
-def kernel_distance(first: np.ndarray, second: np.ndarray, seed: int = 0) -> KernelDistance:
+def kernel_distance(first: Rows, second: Rows, seed: int = 0, scale: float = 1.0) -> KernelDistance:
     """Return the kernel distance of two sets of vectors, float [n,D] and [m,D], over all pairs, in bounded memory.
 
     The interval comes from a grouped jackknife: ``seed`` splits both sets into 40 groups at random, and the distance is
     computed again without each group. The jackknife needs only the sums of the kernel over pairs of groups. It also
     holds for two sets of the same distribution, and unlike a bootstrap it never uses an image twice.
 
+    Args:
+        first: vectors of one set.
+        second: vectors of the other set.
+        seed: seed of the groups.
+        scale: factor that all vectors are multiplied by.
+
     Raises: UsageError where a set has fewer than 3 vectors, or the sets have different dimensions.
     """
     _check(first, second, least=LEAST)
     groups = min(GROUPS, len(first), len(second))
-    sides = [_deal(side.astype(np.float64), groups, seed + i) for i, side in enumerate((first, second))]
-    own = [_within(vectors, group, groups) for vectors, group in sides]
-    cross = _between(*sides[0], *sides[1], groups)
-    sizes = [np.bincount(group, minlength=groups) for _, group in sides]
+    sides = [_Dealt(side, _deal(len(side), groups, seed + i), scale) for i, side in enumerate((first, second))]
+    own = [_within(side, groups) for side in sides]
+    cross = _between(sides[0], sides[1], groups)
+    sizes = [np.bincount(side.group, minlength=groups) for side in sides]
     value = _distance([s.sum() for s in own], cross.sum(), [s.sum() for s in sizes])
     left = np.array([_without(g, own, cross, sizes) for g in range(groups)])
     error = float(np.sqrt((groups - 1) / groups * ((left - left.mean()) ** 2).sum()))
@@ -76,7 +87,7 @@ def kernel_distance(first: np.ndarray, second: np.ndarray, seed: int = 0) -> Ker
 
 
 def kernel_subsets(
-    first: np.ndarray, second: np.ndarray, subsets: int = SUBSETS, size: int = SUBSET_SIZE, seed: int = SUBSET_SEED
+    first: Rows, second: Rows, subsets: int = SUBSETS, size: int = SUBSET_SIZE, seed: int = SUBSET_SEED
 ) -> tuple[float, float]:
     """Return mean and standard deviation of the kernel distance over random subsets, as torch-fidelity reports KID.
 
@@ -96,13 +107,13 @@ def kernel_subsets(
     found = []
     for _ in range(subsets):
         # the same random draws as in torch-fidelity, in the same order
-        parts = [side[random.choice(len(side), size, replace=False)].astype(np.float64) for side in (first, second)]
-        own = [_without_diagonal(part) for part in parts]
-        found.append(_distance(own, kernel(*parts).sum(), [size, size]))
+        parts = [side[random.choice(len(side), size, replace=False)] for side in (first, second)]
+        cross = _sum_of_kernel(parts[0] @ parts[1].T, parts[0].shape[1])
+        found.append(_distance([_sum_within(part) for part in parts], cross, [size, size]))
     return float(np.mean(found)), float(np.std(found))
 
 
-def _check(first: np.ndarray, second: np.ndarray, least: int) -> None:
+def _check(first: Rows, second: Rows, least: int) -> None:
     if min(len(first), len(second)) < least:
         raise UsageError(
             f"expected at least {least} images on either side of a kernel distance, got {len(first)} and "
@@ -119,36 +130,74 @@ def _distance(own: list[float], cross: float, sizes: list[int]) -> float:
     return float(within - 2 * cross / (sizes[0] * sizes[1]))
 
 
-def _without_diagonal(vectors: np.ndarray) -> float:
-    found = kernel(vectors, vectors)
-    return float(found.sum() - np.trace(found))
+def _sum_of_kernel(products: np.ndarray, dimensions: int) -> float:
+    """Return the sum, in float64, of the kernel of pairs of vectors whose products x.y are given, float [n,m]."""
+    total = 0.0
+    # in blocks that stay in the cache of a core
+    for start in range(0, len(products), ROWS):
+        values = products[start : start + ROWS].astype(np.float64)
+        values *= 1 / dimensions
+        values += 1
+        cubes = values * values
+        cubes *= values
+        total += float(cubes.sum())
+    return total
 
 
-def _deal(vectors: np.ndarray, groups: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the vectors in random order and their groups, which are ascending and equal in size to within one."""
-    order = np.random.default_rng(seed).permutation(len(vectors))
-    group = np.sort(np.arange(len(vectors)) % groups)
-    return vectors[order], group
+def _sum_within(vectors: np.ndarray) -> float:
+    """Return the sum of the kernel over ordered pairs of different vectors, float [n,D]."""
+    count, dimensions = vectors.shape
+    (symmetric,) = blas.get_blas_funcs(("syrk",), (vectors,))
+    # half the work of a matrix product: only one triangle is computed, and the kernel of the zeros beside it is 1
+    both = _sum_of_kernel(symmetric(1.0, vectors.T, trans=1).T, dimensions)
+    return 2 * (both - count * (count - 1) / 2 - float(_own_kernel(vectors).sum()))
 
 
-def _within(vectors: np.ndarray, group: np.ndarray, groups: int) -> np.ndarray:
+def _own_kernel(vectors: np.ndarray) -> np.ndarray:
+    """Return the kernel of every vector with itself, float64 [n]."""
+    return (np.einsum("nd,nd->n", vectors, vectors, dtype=np.float64) / vectors.shape[1] + 1) ** 3
+
+
+@dataclass(frozen=True, eq=False)
+class _Dealt:
+    """Vectors with the group of each, int64 [n], and the factor they are multiplied by; read a block at a time."""
+
+    vectors: Rows
+    group: np.ndarray
+    scale: float
+
+    def blocks(self, groups: int, first: int = 0) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield blocks from the position ``first`` on: vectors, float64 [b,D], and 1 for their group, [groups,b]."""
+        for start in range(first, len(self.group), BLOCK):
+            at = slice(start, start + BLOCK)
+            yield self.vectors[at].astype(np.float64) * self.scale, _members(self.group[at], groups)
+
+
+def _deal(count: int, groups: int, seed: int) -> np.ndarray:
+    """Return a random group for each of ``count`` vectors, int64; groups are equal in size to within one."""
+    group = np.empty(count, dtype=np.int64)
+    group[np.random.default_rng(seed).permutation(count)] = np.sort(np.arange(count) % groups)
+    return group
+
+
+def _within(side: _Dealt, groups: int) -> np.ndarray:
     """Return the sums of the kernel over ordered pairs of different vectors, by pair of groups, [groups,groups]."""
-    found = _between(vectors, group, vectors, group, groups)
-    squares = (np.einsum("nd,nd->n", vectors, vectors) / vectors.shape[1] + 1) ** 3
-    found[np.diag_indices(groups)] -= np.bincount(group, weights=squares, minlength=groups)
+    found = np.zeros((groups, groups))
+    for number, (mine, rows) in enumerate(side.blocks(groups)):
+        # half of all pairs: the others are the same, the other way round
+        for later, (theirs, columns) in enumerate(side.blocks(groups, number * BLOCK)):
+            sums = rows @ kernel(mine, theirs) @ columns.T
+            found += sums + sums.T if later else sums
+        found[np.diag_indices(groups)] -= rows @ _own_kernel(mine)
     return found
 
 
-def _between(
-    first: np.ndarray, first_group: np.ndarray, second: np.ndarray, second_group: np.ndarray, groups: int
-) -> np.ndarray:
+def _between(first: _Dealt, second: _Dealt, groups: int) -> np.ndarray:
     """Return the sums of the kernel over pairs of vectors, by pair of groups, float64 [groups,groups]."""
     found = np.zeros((groups, groups))
-    for i in range(0, len(first), BLOCK):
-        for j in range(0, len(second), BLOCK):
-            values = kernel(first[i : i + BLOCK], second[j : j + BLOCK])
-            rows, columns = (_members(g, groups) for g in (first_group[i : i + BLOCK], second_group[j : j + BLOCK]))
-            found += rows @ values @ columns.T
+    for mine, rows in first.blocks(groups):
+        for theirs, columns in second.blocks(groups):
+            found += rows @ kernel(mine, theirs) @ columns.T
     return found
 
 

@@ -138,12 +138,12 @@ class SampleFolder:
         return self._shard_file(extractor.name, number).exists()
 
     def features(self, extractor: FeatureExtractor) -> Features:
-        """Return the features of all samples by ``extractor``.
+        """Return the features of all samples by ``extractor``, which stay in their files.
 
         Raises: InputFileError where a file is missing or damaged; UsageError where other weights computed the features.
         """
-        files = (self._shard_file(extractor.name, number) for number in range(len(self.shards)))
-        return Features.join([Features.load(file, _header(extractor)) for file in files])
+        files = [self._shard_file(extractor.name, number) for number in range(len(self.shards))]
+        return Features.load(files, _header(extractor))
 
     def save_features(self, number: int, extractor: FeatureExtractor, features: Features) -> None:
         """Write the features of the shard ``number`` by ``extractor``, as float32."""

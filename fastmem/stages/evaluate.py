@@ -106,8 +106,8 @@ def evaluate(
     Args:
         run: the run.
         edit: the edit to evaluate: a name in the run, a file, or a plan; None for the unedited model.
-        reference: "heldout", "train", a folder or zip of images, or a .npz file with arrays mu and sigma; None for
-            "heldout".
+        reference: "heldout", "train", a folder or zip of images, or a .npz file with arrays mu and sigma, or with
+            images as arr_0; None for "heldout".
         samples: how many; None for 50,000, of an embedded model 10 of every class.
         resume: go on from samples that are there.
         features: by which networks samples are compared; see ``FeatureOptions``.

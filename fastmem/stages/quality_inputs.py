@@ -12,7 +12,8 @@ from fastmem.data.sources import ImageSource, open_source
 from fastmem.errors import UsageError
 from fastmem.quality.features import FeatureExtractor, Reference, SSCDFeatures
 from fastmem.quality.inception import InceptionFeatures, find_inception
-from fastmem.quality.reference import file_reference, read_reference
+from fastmem.quality.npz import array_headers, holds_arrays
+from fastmem.quality.reference import file_reference, images_reference, read_reference
 from fastmem.reporter import SILENT, Reporter
 from fastmem.stages.opened_run import OpenedRun
 from fastmem.stages.options import SSCDOptions
@@ -89,11 +90,13 @@ def find_references(
 ) -> list[Reference]:
     """The reference for each extractor.
 
-    Statistics in a file are Inception's: beside them SSCD takes the held-out set.
+    Statistics in a file are Inception's: beside them SSCD takes the held-out set. Images in a .npz file are taken as
+    they are.
 
     Args:
         run: the run.
-        reference: "heldout", "train", a folder or zip of images, or a .npz file of statistics; None for "heldout".
+        reference: "heldout", "train", a folder or zip of images, or a .npz file of statistics or
+            images; None for "heldout".
         extractors: the networks.
         workers: processes that decode images.
         reporter: is told of images that are read.
@@ -115,8 +118,12 @@ def find_references(
             reporter=reporter,
         )
 
-    if reference is None or not reference.endswith(".npz"):
+    if reference is None or reference in SETS or not holds_arrays(Path(reference)):
         return [read(reference or "heldout", extractor) for extractor in extractors]
+    headers = array_headers(Path(reference))
+    if not {"mu", "sigma"} & set(headers):
+        cache = run.folder.references_folder
+        return [images_reference(Path(reference), e, cache=cache, reporter=reporter) for e in extractors]
     if not any(isinstance(extractor, InceptionFeatures) for extractor in extractors):
         raise UsageError(
             f"expected Inception features with the statistics {reference}, got "

@@ -19,8 +19,8 @@ from fastmem import ArraySource, InputFileError, UsageError
 from fastmem.data.decoding import DamagedImage
 from fastmem.data.manifest import Manifest
 from fastmem.data.views import CenterCrop
-from fastmem.quality.evaluate import evaluate, measure
-from fastmem.quality.features import Features, Reference, SSCDFeatures, compare_by_kernel, to_bytes
+from fastmem.quality.evaluate import compare, evaluate, measure
+from fastmem.quality.features import Comparison, Features, Reference, SSCDFeatures, compare_by_kernel, to_bytes
 from fastmem.quality.frechet import FeatureMoments, Gaussian, frechet_distance
 from fastmem.quality.inception import InceptionFeatures, fetch_inception, find_inception
 from fastmem.quality.kernel import kernel_distance
@@ -385,7 +385,8 @@ def test_inception_metrics_are_those_of_their_definitions():
     assert found.metrics["kid"] == kernel_distance(samples.vectors, real.vectors).value
     assert found.metrics["kid-low"] < found.metrics["kid-subsets"] < found.metrics["kid-high"]
     expected = isc_features_to_metric(torch.from_numpy(samples.logits))
-    assert found.metrics["is"] == expected["inception_score_mean"]
+    assert found.metrics["is"] == pytest.approx(expected["inception_score_mean"], rel=1e-12)
+    assert found.metrics["is-std"] == pytest.approx(expected["inception_score_std"], rel=1e-9)
     precision, recall = calculate_precision_recall_full(*(torch.from_numpy(f.vectors) for f in (samples, real)))
     assert (found.metrics["precision"], found.metrics["recall"]) == (precision, recall)
 
@@ -414,6 +415,42 @@ def test_metrics_without_images_enough_are_left_out_and_named():
     assert set(by_file.metrics) == {"fid", "is", "is-std"}
     assert "no kid: statistics holds no features of single images" in by_file.notes
     assert SSCDFeatures(FakeEmbedder()).compare(some_features(2, 0), Reference("real", "", some_features(9, 1))).notes
+
+
+def test_precision_recall_and_score_in_blocks_are_torch_fidelitys(monkeypatch):
+    monkeypatch.setattr("fastmem.quality.inception.DISTANCE_ROWS", 7)
+    samples, real = some_features(61, 0), some_features(80, 1, 0.5)
+    found = InceptionFeatures.compare(Sized(), samples, Reference("real", "", real)).metrics
+    sides = (torch.from_numpy(features.vectors) for features in (samples, real))
+    assert (found["precision"], found["recall"]) == pytest.approx(calculate_precision_recall_full(*sides))
+    expected = isc_features_to_metric(torch.from_numpy(samples.logits))
+    assert (found["is"], found["is-std"]) == pytest.approx(tuple(expected.values()), rel=1e-9)
+
+
+def test_a_metric_that_is_no_number_is_left_out_and_named():
+    class Undefined(SSCDFeatures):
+        def compare(self, samples, reference):
+            return Comparison({"a": float("nan"), "b": 1.0}, ("noted",))
+
+    found = compare([Undefined(FakeEmbedder())], [some_features(3, 0)], [Reference("real", "")])
+    assert (found.metrics, found.notes) == ({"b": 1.0}, ("noted", "no a: it is not a finite number"))
+
+
+def test_a_saved_reference_keeps_its_moments(tmp_path, toy_source, monkeypatch):
+    class Few(SSCDFeatures):
+        dimensions = 4
+
+        def __call__(self, pixels):
+            return Features(super().__call__(pixels).vectors[:, :4])
+
+    monkeypatch.setattr("fastmem.quality.reference.PART", 8)
+    few, manifest = Few(FakeEmbedder()), Manifest.build(toy_source)
+    for _ in range(2):
+        found = read_reference(toy_source, manifest, RECIPE, few, description="toys", cache=tmp_path).features
+        expected = FeatureMoments.zero(4).update(found.vectors[:]).finish()
+        np.testing.assert_array_equal(found.gaussian.mu, expected.mu)
+        np.testing.assert_array_equal(found.gaussian.sigma, expected.sigma)
+        assert found.gaussian.count == 23
 
 
 def test_kd_sscd_has_the_third_power_of_cosine_plus_one_as_its_kernel():
@@ -539,7 +576,7 @@ ROWS = {
     "inception file that is missing": (("--inception", "{tmp}/no.pth"), 3, "no.pth, got no such file"),
     "inception file without a use": (("--features", "sscd", "--inception", "x"), 2, "expected no --inception"),
     "sscd file without a use": (("--features", "none", "--sscd", "x"), 2, "expected no --sscd"),
-    "statistics without inception": (("--reference", "{tmp}/s.npz"), 2, "expected Inception features"),
+    "npz that is missing": (("--reference", "{tmp}/s.npz"), 3, "s.npz, got no such file"),
     "reference that is missing": (("--reference", "{tmp}/nowhere"), 3, "nowhere"),
     "edit that is not there": (("--edit", "none"), 2, "none"),
 }

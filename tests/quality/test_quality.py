@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 import torch
 from scipy import linalg
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 
 from fastmem import InputFileError, UsageError
-from fastmem.quality import kernel
-from fastmem.quality.frechet import FeatureMoments, Gaussian, frechet_distance, read_statistics
+from fastmem.quality import frechet, kernel
+from fastmem.quality.frechet import FeatureMoments, Gaussian, frechet_distance
 from fastmem.quality.kernel import kernel_distance, kernel_subsets
+from fastmem.quality.npz import read_statistics
 
 
 def rotation(dimensions: int, seed: int) -> np.ndarray:
@@ -69,6 +73,61 @@ def test_moments_do_not_depend_on_batches(sizes):
     for part in np.split(vectors, np.cumsum(sizes)[:-1]):
         moments = moments.update(part)
     _check_moments(moments, vectors)
+
+
+@pytest.mark.parametrize("sizes", [(1,) * 99 + (402,), (64,) * 7 + (53,), (100, 0, 401)], ids=["ones", "64", "few"])
+def test_the_same_vectors_give_the_same_bits_for_any_split(monkeypatch, sizes):
+    monkeypatch.setattr(frechet, "BLOCK", 100)
+    vectors = np.random.default_rng(0).standard_normal((501, 9)).astype(np.float32)
+    whole, parts = FeatureMoments.zero(9).update(vectors).finish(), FeatureMoments.zero(9)
+    for part in np.split(vectors, np.cumsum(sizes)[:-1]):
+        # as of a caller who uses one array for all batches
+        batch = part.copy()
+        parts = parts.update(batch)
+        batch[:] = np.nan
+    np.testing.assert_array_equal(parts.finish().mu, whole.mu)
+    np.testing.assert_array_equal(parts.finish().sigma, whole.sigma)
+
+
+@pytest.mark.parametrize("drift", [0.0, 1e4], ids=["steady", "drifting"])
+def test_moments_are_those_of_exact_arithmetic(monkeypatch, drift):
+    monkeypatch.setattr(frechet, "BLOCK", 50)
+    vectors = np.random.default_rng(0).standard_normal((260, 3)).astype(np.float32) + 1000
+    # sets are read class after class, so later blocks may lie elsewhere
+    vectors[130:] += np.float32(drift)
+    exact = [[Fraction(float(value)) for value in column] for column in vectors.T]
+    means = [sum(column) / 260 for column in exact]
+    sigma = [
+        [
+            float(sum((a - m) * (b - n) for a, b in zip(x, y, strict=True)) / 259)
+            for y, n in zip(exact, means, strict=True)
+        ]
+        for x, m in zip(exact, means, strict=True)
+    ]
+    found = FeatureMoments.zero(3).update(vectors).finish()
+    np.testing.assert_allclose(found.mu, [float(m) for m in means], rtol=1e-15)
+    np.testing.assert_allclose(found.sigma, sigma, rtol=0, atol=1e-13 * np.abs(sigma).max())
+
+
+def test_moments_and_distance_are_torch_fidelitys():
+    sides = [np.abs(two_sets(900, 900, 64, 0.3, seed)[1]).astype(np.float32) for seed in (0, 1)]
+    ours = [FeatureMoments.zero(64).update(side).finish() for side in sides]
+    theirs = [fid_features_to_statistics(torch.from_numpy(side.astype(np.float64))) for side in sides]
+    for mine, other in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(mine.mu, other["mu"], rtol=1e-13)
+        np.testing.assert_allclose(mine.sigma, other["sigma"], rtol=0, atol=1e-13 * other["sigma"].max())
+    (expected,) = fid_statistics_to_metric(*theirs, verbose=False).values()
+    assert frechet_distance(*ours) == pytest.approx(expected, rel=1e-10)
+
+
+@pytest.mark.parametrize("decades", [2, 8, 12])
+def test_the_distance_keeps_its_digits_where_covariances_are_nearly_singular(decades):
+    dimensions, random = 200, np.random.default_rng(0)
+    first = np.sqrt(10 * 10 ** (-decades * np.arange(dimensions) / dimensions))
+    second = first * random.uniform(0.9, 1.1, dimensions)
+    axes = rotation(dimensions, 0)
+    sides = [Gaussian(np.zeros(dimensions), (axes * root**2) @ axes.T) for root in (first, second)]
+    assert frechet_distance(*sides) == pytest.approx(((first - second) ** 2).sum(), rel=1e-10)
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 1, 0, 2)], ids=["in order", "out of order"])
@@ -182,6 +241,18 @@ def test_subset_protocol_is_torch_fidelitys(size):
     assert mean == pytest.approx(expected[KEY_METRIC_KID_MEAN], rel=1e-10)
     # where every subset is the whole, all that is left is the order of sums
     assert deviation == pytest.approx(expected[KEY_METRIC_KID_STD], rel=1e-8, abs=1e-14)
+
+
+def test_products_of_float32_move_the_subsets_by_less_than_a_millionth_of_the_kernel():
+    # as features are: not negative, of which some are repeated, where rounding does not average out
+    sides = [np.abs(side).astype(np.float32) for side in two_sets(300, 300, 512, shift=0.05)]
+    sides[0][100:200] = sides[0][:1]
+    narrow = kernel_subsets(*sides, 20, 200)
+    exact = kernel_subsets(*(side.astype(np.float64) for side in sides), 20, 200)
+    level = float(kernel.kernel(*sides).mean())
+    np.testing.assert_allclose(narrow, exact, rtol=0, atol=1e-7 * level)
+    found = kid_features_to_metric(*map(torch.from_numpy, sides), kid_subsets=20, kid_subset_size=200, verbose=False)
+    np.testing.assert_allclose(narrow, list(found.values()), rtol=0, atol=1e-5 * level)
 
 
 def test_kernel_distances_refuse_too_few_images_and_other_features():
