@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from fastmem.stages.evaluate import evaluate
     from fastmem.stages.extract import extract
     from fastmem.stages.index import index as index
+    from fastmem.stages.merge import merge
     from fastmem.stages.mitigate import mitigate
     from fastmem.stages.opened_run import OpenedRun, open_run
     from fastmem.stages.options import SSCDOptions
@@ -61,6 +62,7 @@ _HOMES = {
     "index": "fastmem.stages.index",
     "load_model": "fastmem.models.checkpoints",
     "membership": "fastmem.scoring.membership",
+    "merge": "fastmem.stages.merge",
     "mitigate": "fastmem.stages.mitigate",
     "model_names": "fastmem.models.registry",
     "open_run": "fastmem.stages.opened_run",
@@ -97,6 +99,7 @@ __all__ = [
     "index",
     "load_model",
     "membership",
+    "merge",
     "mitigate",
     "model_names",
     "open_run",
