@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from fastmem.stages.opened_run import OpenedRun, open_run
     from fastmem.stages.options import SSCDOptions
     from fastmem.stages.score import score
+    from fastmem.stages.status import status
     from fastmem.stages.sweep import sweep as sweep
     from fastmem.stats import UnitStats
 
@@ -72,6 +73,7 @@ _HOMES = {
     "scale_units": "fastmem.mitigation.scaling",
     "score": "fastmem.stages.score",
     "select": "fastmem.ranking.selection",
+    "status": "fastmem.stages.status",
     "sweep": "fastmem.stages.sweep",
 }
 
@@ -109,6 +111,7 @@ __all__ = [
     "scale_units",
     "score",
     "select",
+    "status",
     "sweep",
 ]
 

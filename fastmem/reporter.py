@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -36,8 +38,54 @@ class Work:
         return self.sentence
 
 
+class Hearer(Protocol):
+    """What else hears how far work is, beside the reporter that its caller gave: the log in the work's folder."""
+
+    def planned(self, plan: Plan) -> None: ...
+
+    def advance(self, done: int) -> None: ...
+
+    def skipped(self, count: int) -> None: ...
+
+
+_HEARER: ContextVar[Hearer | None] = ContextVar("hearer", default=None)
+
+
+@contextmanager
+def heard_by(hearer: Hearer | None) -> Iterator[None]:
+    """While entered, ``hearer`` hears what every reporter is told here, in place of one before; None for nobody."""
+    token = _HEARER.set(hearer)
+    try:
+        yield
+    finally:
+        _HEARER.reset(token)
+
+
+def tell_skipped(count: int) -> None:
+    """Tell who hears this work that ``count`` more of its images could not be read."""
+    hearer = _HEARER.get()
+    if hearer is not None and count:
+        hearer.skipped(count)
+
+
 def _nothing(*arguments: Any) -> None:
     """What a reporter does that nobody listens to."""
+
+
+@dataclass(frozen=True)
+class _Heard:
+    """A reporter's function that who hears the work hears too."""
+
+    name: str
+    tell: Callable[[Any], None]
+
+    def __call__(self, what: Any) -> None:
+        hearer = _HEARER.get()
+        # a reporter may be made of another one, and is heard once
+        with heard_by(None):
+            if hearer is not None:
+                getattr(hearer, self.name)(what)
+            self.tell(what)
 
 
 @dataclass(frozen=True)
@@ -51,6 +99,10 @@ class Reporter:
     note: Callable[[str], None] = field(default=_nothing)
     planned: Callable[[Plan], None] = field(default=_nothing)
     advance: Callable[[int], None] = field(default=_nothing)
+
+    def __post_init__(self) -> None:
+        for name in ("planned", "advance"):
+            object.__setattr__(self, name, _Heard(name, getattr(self, name)))
 
 
 SILENT = Reporter()

@@ -125,15 +125,16 @@ class Manifest:
 
     @classmethod
     def join(cls, parts: Sequence[Manifest]) -> tuple[Manifest, np.ndarray]:
-        """Return the manifest of all images of several, which share classes and no image, sorted by label and id.
+        """Return the manifest of all images of several, which share a class order and no image, sorted by label and id.
 
-        Images keep their folds. The second result says where each was when the parts stand one after the other, int64
-        [N].
+        Images keep their folds, and the longest list of classes is taken. The second result says where each was when
+        the parts stand one after the other, int64 [N].
         """
         names = ("ids", "labels", "index", "fold", "names")
         ids, labels, index, fold, texts = (np.concatenate([getattr(part, name) for part in parts]) for name in names)
         order = np.lexsort((ids, labels))
-        return cls(ids[order], labels[order], index[order], fold[order], texts[order], parts[0].classes), order
+        classes = max((part.classes for part in parts), key=len)
+        return cls(ids[order], labels[order], index[order], fold[order], texts[order], classes), order
 
     def take(self, positions: np.ndarray) -> Manifest:
         """Return the manifest of the images at ``positions``, int64 [n] and ascending, with the folds they have."""

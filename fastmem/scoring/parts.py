@@ -126,13 +126,7 @@ def open_parts(paths: Sequence[Path]) -> list[Part]:
     else:
         parts = sorted(parts, key=lambda part: (0, 0) if part.shard is None else (part.shard.of, part.shard.number))
         _check_shards(parts)
-    for other in parts[1:]:
-        if other.manifests["train"].classes != parts[0].manifests["train"].classes:
-            counts = [len(part.manifests["train"].classes) for part in (parts[0], other)]
-            raise UsageError(
-                f"expected runs of one class order, got {counts[0]} classes in {parts[0]} and {counts[1]} others in "
-                f"{other}: score both with the same --classes FILE"
-            )
+    _check_classes(parts)
     for split in ("train", "heldout"):
         _check_disjoint(parts, split)
     return parts
@@ -153,6 +147,22 @@ def _check_settings(one: Part, other: Part) -> None:
 
 def _short(value: Any) -> str:
     return "none" if value is None else str(value)[:24]
+
+
+def _check_classes(parts: Sequence[Part]) -> None:
+    """Check that a label stands for the same class everywhere; some may name fewer classes than others."""
+    longest = max(parts, key=lambda part: len(part.manifests["train"].classes))
+    classes = longest.manifests["train"].classes
+    for part in parts:
+        for manifest in part.manifests.values():
+            if manifest.classes != classes[: len(manifest.classes)]:
+                label = next(
+                    i for i, pair in enumerate(zip(manifest.classes, classes, strict=False)) if pair[0] != pair[1]
+                )
+                raise UsageError(
+                    f"expected runs of one class order, got {manifest.classes[label]} as class {label} in {part} and "
+                    f"{classes[label]} in {longest}: score both with the same --classes FILE"
+                )
 
 
 def _check_runs(parts: Sequence[Part]) -> None:

@@ -26,7 +26,7 @@ from fastmem.data.views import Joined
 from fastmem.errors import UsageError
 from fastmem.files import read_json, read_tensors, write_json, write_tensors
 from fastmem.models.model import Model
-from fastmem.reporter import SILENT, Reporter
+from fastmem.reporter import SILENT, Reporter, tell_skipped
 from fastmem.runs.folder import RunFolder, check_writable, run_id
 from fastmem.runs.interruption import Interruption
 from fastmem.runs.ranks import AHEAD, Ranks, WorkQueue
@@ -390,10 +390,12 @@ class _Scorer:
             if self.settings.per_image:
                 self.losses[split] = ImageLosses.load(folder.losses_file(split), manifest.hash, self._owner(split))
             self.reporter.advance(len(manifest))
+            tell_skipped(len(self.skipped[split]))
             return UnitStats.load(folder.stats_file(split), self._owner(split)), 0
         running = self._start_set(split, manifest)
         before = units[running.units - 1].stop if running.units else 0
         self.reporter.advance(before)
+        tell_skipped(len(running.skipped))
         if self.ranks is None:
             self._score_units(split, source, running, units)
         else:

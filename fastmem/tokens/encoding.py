@@ -17,6 +17,7 @@ from fastmem.data.sources import ImageSource
 from fastmem.data.views import Views, to_unit_range
 from fastmem.errors import InputFileError, UsageError
 from fastmem.models.model import Model
+from fastmem.reporter import tell_skipped
 from fastmem.tokens.cache import SHARD_IMAGES, Rows, TokenCache
 
 # a function that is given one sentence for a person to read
@@ -155,6 +156,7 @@ def _through_cache(
     writer, told = _Writer(reader, note), set()
     try:
         for read in loaded:
+            tell_skipped(len(read.batch.skipped))
             for sentence in read.damaged:
                 if sentence not in told:
                     note(f"{sentence}: these images are encoded again")
