@@ -8,6 +8,7 @@ units/                  work units that other ranks have finished and that wait 
 SET.safetensors         the statistics of a set
 losses-SET.safetensors  the loss and hits of every image of a set, where they were asked for
 skipped-SET.json        the images of a set that could not be read, with the reasons
+progress.jsonl          how far the work is, for `fastmem status`; no result
 result.json             the document that ``--json`` prints
 edits/                  the units that each edit scales, one file per edit
 samples/                images that the model generated, with and without edits, and their features

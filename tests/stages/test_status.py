@@ -19,7 +19,7 @@ from fastmem.reporter import SILENT, Work, heard_by, tell_skipped
 from fastmem.runs import progress
 from fastmem.runs.owner import owned
 from fastmem.runs.progress import LOG_BYTES, LOG_NAME, last_line
-from tests.conftest import FakeEmbedder, random_images, run, start_python, write_folder
+from tests.conftest import FakeEmbedder, make_toy_model, random_images, run, start_python, write_folder
 
 OPTIONS = {"views": 2, "check_classes": False, "pictures": False, "workers": 0}
 
