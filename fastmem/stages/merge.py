@@ -95,6 +95,21 @@ def merge(
     )
 
 
+def _check_new(place: Path) -> None:
+    """Raises: UsageError where a folder is not new, or cannot be made."""
+    try:
+        taken = any(place.iterdir()) if os.path.isdir(place) else os.path.lexists(place)
+        check_writable(place)
+    except OSError as error:
+        raise UsageError(
+            f"expected a new folder for the merged run, got {place} ({error.strerror or error}): choose another --out"
+        ) from error
+    if taken:
+        raise UsageError(
+            f"expected a new folder for the merged run, got {place}, which is not empty: choose another --out"
+        )
+
+
 def _bytes(whole: Whole) -> int:
     """Return about how many bytes the new run takes: class rows add up, and sums of all images are there once."""
     folders = [part.folder for part in whole.parts]

@@ -47,7 +47,7 @@ def status(run: str | os.PathLike[str]) -> RunStatus:
     Raises: InputFileError where there is no such folder, or nothing of a run in it.
     """
     path = Path(run)
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise InputFileError(f"expected the folder of a run at {path}, got none: check --run")
     document = _describe(path)
     stages = [_describe(folder) for folder in _folders_below(path)]

@@ -334,6 +334,11 @@ WRONG: dict[str, tuple[Wrong, type[Exception], str]] = {
         InputFileError,
         r"expected the number of a shard in .*run.json",
     ),
+    "a set of no name": (
+        lambda m, t, _: [m / "whole", change(copy(m, t, "whole"), manifests={"heldout": "0"})],
+        InputFileError,
+        r"expected the sets train and heldout in .*run.json, got heldout",
+    ),
     "the same images in two runs": (
         lambda m, t, model: [m / "whole", part_of(t / "more", model, np.arange(5), np.arange(3))],
         UsageError,
@@ -439,6 +444,21 @@ def test_images_that_have_gone_cost_a_merged_run_only_their_picture(model, tmp_p
     )
     assert [Path(path).name for path in merged.document["pictures"]] == ["unitmem-by-block.png"]
     assert "no picture of the images" in notes[0]
+
+
+def test_a_slice_of_which_no_image_can_be_read_is_a_slice_still(model, tmp_path):
+    train = write_folder(tmp_path / "train", random_images(9, 16), classes=3)
+    for file in (train / "class-1").iterdir():
+        file.write_bytes(b"broken")
+    source = FolderSource(train)
+    whole = fastmem.score(model, source, out=tmp_path / "whole", **OPTIONS)
+    for i in (1, 2, 3):
+        fastmem.score(model, source, out=tmp_path / str(i), shard=(i, 3), **OPTIONS)
+    merged = fastmem.merge([tmp_path / str(i) for i in (1, 2, 3)], tmp_path / "merged", pictures=False)
+    assert_same_statistics(merged.train, UnitStats.load(tmp_path / "whole" / "train.safetensors"))
+    assert (merged.train.count, merged.skipped) == (6, whole.skipped)
+    with pytest.raises(UsageError, match="all 3 shards"):
+        fastmem.merge([tmp_path / "2"], tmp_path / "none")
 
 
 SHARDS = ["0/4", "5/4", "x", "", "/", "1/", "/4", "1/0", "-1/4", "1.0/2", "1/4/2", "²/4", "1/99999999999999999999"]
