@@ -74,9 +74,9 @@ class Part:
                     f"expected the number of a shard in {folder.identity_file}, got others ({error}): score again"
                 ) from error
         if "train" not in identity["manifests"] or identity["manifests"].keys() - {"train", "heldout"}:
+            named = ", ".join(identity["manifests"]) or "none"
             raise InputFileError(
-                f"expected the sets train and heldout in {folder.identity_file}, got {', '.join(identity['manifests'])}:"
-                " score again"
+                f"expected the sets train and heldout in {folder.identity_file}, got {named}: score again"
             )
         manifests = {split: Manifest.load(folder.manifest_file(split)) for split in identity["manifests"]}
         for split, manifest in manifests.items():
