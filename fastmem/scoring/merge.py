@@ -79,14 +79,14 @@ class Whole:
             owner = {"run": run, "set": split}
             manifest.save(folder.manifest_file(split))
             having = [part for part in self.parts if split in part.manifests]
-            place = {str(name): i for i, name in enumerate(manifest.names)}
-            skipped = chain.from_iterable(part.skipped_in(split) for part in having)
+            skipped = list(chain.from_iterable(part.skipped_in(split) for part in having))
+            place = {str(name): i for i, name in enumerate(manifest.names)} if skipped else {}
             rows = [asdict(s) for s in sorted(skipped, key=lambda s: (place.get(s.name, len(place)), s.name))]
             write_json(folder.skipped_file(split), {"schema": SKIPPED_SCHEMA, **owner, "images": rows})
             losses = self._losses(split, having)
             if losses is not None:
                 losses.save(folder.losses_file(split), manifest.hash, owner)
-            stats = self._stats(split, having, advance)
+            stats = self._stats(split, having, advance).summarised()
             origin = {**(stats.origin or {}), **owner, "manifest": manifest.hash}
             # run and set come first, as a pass writes them
             origin = {**owner, **origin}
@@ -129,7 +129,10 @@ class Whole:
             one, other = (
                 s if s.matched is not None else replace(s, matched=replace(s, rows=None)) for s in (one, other)
             )
-        return one.merge(other).summarised()
+        if one.rows is None or other.rows is None:
+            # the rows of one side are not kept on, so that what its classes share has to be summed up before
+            one, other = one.summarised(), other.summarised()
+        return one.merge(other)
 
     def result(self, folder: RunFolder) -> ScoreResult:
         """Read what ``write`` wrote as the result of a scoring pass, whose seconds are those of all parts together.
