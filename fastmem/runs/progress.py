@@ -101,6 +101,8 @@ class ProgressLog:
         self.things = ""
         self.total = self.done = self.unread = 0
         self.written: float | None = None
+        # when something was first done of this piece of work
+        self.first = 0.0
         # when how much was done; what an interrupted pass has left arrives at once and says nothing of the speed
         self.seen: deque[tuple[float, int]] = deque()
 
@@ -114,9 +116,10 @@ class ProgressLog:
         """Take in that more is done."""
         self.done += done
         now = time.monotonic()
-        if len(self.seen) == 1 and now - self.seen[0][0] < 1:
-            self.seen.clear()
         if not self.seen:
+            self.first = now
+        if len(self.seen) < 2 and now - self.first < 1:
+            self.seen.clear()
             self.seen.append((now, self.done))
         if self.written is not None and now - self.written >= LOG_SECONDS:
             self.seen.append((now, self.done))
