@@ -93,19 +93,22 @@ class Reporter:
     """Functions that long work calls while it runs; by default they do nothing.
 
     note: gets one sentence that a person should read; planned: gets the plan of each piece of work before it starts,
-    several in turn where a stage does several; advance: gets how many more things of the latest plan are done.
+    several in turn where a stage does several; advance: gets how many more things of the latest plan are done; heard:
+    whether the log in the folder of the work hears of plans and progress, too.
     """
 
     note: Callable[[str], None] = field(default=_nothing)
     planned: Callable[[Plan], None] = field(default=_nothing)
     advance: Callable[[int], None] = field(default=_nothing)
+    heard: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("planned", "advance"):
+        for name in ("planned", "advance") if self.heard else ():
             object.__setattr__(self, name, _Heard(name, getattr(self, name)))
 
 
-SILENT = Reporter()
+# for a part of work whose caller tells of it, and for a stage, of which only the log in its folder hears
+SILENT, QUIET = Reporter(heard=False), Reporter()
 
 # control characters, those that only change how others are shown, halves of characters, and ends of lines
 UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")

@@ -12,7 +12,7 @@ from fastmem.data.sources import ImageSource
 from fastmem.errors import FastmemError, InputFileError, UsageError
 from fastmem.files import OWNER_PREFIX
 from fastmem.report.score_report import write_report
-from fastmem.reporter import SILENT, Reporter, Work, size
+from fastmem.reporter import QUIET, Reporter, Work, size
 from fastmem.runs.folder import RunFolder, check_writable
 from fastmem.runs.owner import owned
 from fastmem.runs.ranks import in_job
@@ -27,7 +27,7 @@ def merge(
     out: str | os.PathLike[str],
     *,
     pictures: bool = True,
-    reporter: Reporter = SILENT,
+    reporter: Reporter = QUIET,
 ) -> ScoredRun:
     """Make one run of several: all shards of a job, or runs over different images with equal model and settings.
 

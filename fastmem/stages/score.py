@@ -15,7 +15,7 @@ from fastmem.errors import UsageError
 from fastmem.files import read_json
 from fastmem.models.model import Model
 from fastmem.report.score_report import ScoreFindings, find, write_report
-from fastmem.reporter import SILENT, Reporter
+from fastmem.reporter import QUIET, SILENT, Reporter
 from fastmem.runs.folder import RESULT_SCHEMA, RunFolder, RunInputs, run_id
 from fastmem.runs.ranks import current_ranks, shared, was_restarted
 from fastmem.scoring.score import ScoreResult, score_images
@@ -63,7 +63,7 @@ def score(
     token_cache: str | os.PathLike[str] | None = None,
     pictures: bool = True,
     shard: tuple[int, int] | None = None,
-    reporter: Reporter = SILENT,
+    reporter: Reporter = QUIET,
 ) -> ScoreResult:
     """Statistics of every unit's response to the images of a training set, and to held-out images beside them.
 

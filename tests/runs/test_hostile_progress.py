@@ -8,7 +8,7 @@ import os
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fastmem.reporter import SILENT, Work
+from fastmem.reporter import QUIET, Work
 from fastmem.runs.owner import owned
 from fastmem.runs.progress import LOG_NAME, Line, last_line
 
@@ -26,7 +26,7 @@ VALUES = st.one_of(
 
 def good_line(folder) -> dict:
     with owned(folder, "score"):
-        SILENT.planned(Work(10))
+        QUIET.planned(Work(10))
     return json.loads((folder / LOG_NAME).read_text().splitlines()[-1])
 
 
@@ -36,7 +36,7 @@ def test_any_bytes_are_a_log_without_lines(tmp_path, content):
     (tmp_path / LOG_NAME).write_bytes(content)
     assert last_line(tmp_path) is None
     with owned(tmp_path, "score"):
-        SILENT.planned(Work(3))
+        QUIET.planned(Work(3))
     assert last_line(tmp_path).total == 3
 
 

@@ -15,7 +15,7 @@ import pytest
 import fastmem
 from fastmem import ArraySource, FolderSource, InputFileError, Reporter, UsageError, status
 from fastmem.index.build import build_index
-from fastmem.reporter import SILENT, Work, heard_by, tell_skipped
+from fastmem.reporter import QUIET, SILENT, Work, heard_by, tell_skipped
 from fastmem.runs import progress
 from fastmem.runs.owner import owned
 from fastmem.runs.progress import LOG_BYTES, LOG_NAME, last_line
@@ -169,10 +169,10 @@ WORDS = {
 def test_the_command_prints_a_line(tmp_path, capsys, often, settings, text):
     ranks = settings.get("ranks", (1, 1))
     with owned(tmp_path / "run", "score", lambda: ranks):
-        SILENT.planned(Work(100))
+        QUIET.planned(Work(100))
         tell_skipped(2)
-        SILENT.advance(40)
-        SILENT.advance(0)
+        QUIET.advance(40)
+        QUIET.advance(0)
         code, out, err = run(capsys, "status", "--run", tmp_path / "run")
     assert (code, err, out.count("\n")) == (0, "", 1)
     assert text.replace("RUN", str(tmp_path / "run")) in out
@@ -184,19 +184,19 @@ def test_speed_and_rest_come_from_what_was_done_lately(tmp_path, often, monkeypa
     now = [1000.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     with owned(tmp_path, "score"):
-        SILENT.planned(Work(100_000))
+        QUIET.planned(Work(100_000))
         now[0] += 60
         # what an interrupted pass has left arrives at once
-        SILENT.advance(50_000)
+        QUIET.advance(50_000)
         for _ in range(10):
             now[0] += 10
-            SILENT.advance(20)
+            QUIET.advance(20)
         line = last_line(tmp_path)
         assert (line.per_second, line.seconds_left, line.done) == (2.0, 24_900.0, 50_200)
         # it becomes slower
         for _ in range(100):
             now[0] += 10
-            SILENT.advance(10)
+            QUIET.advance(10)
         assert last_line(tmp_path).per_second == pytest.approx(1.0, rel=0.05)
         _, out, _ = run(capsys, "status", "--run", tmp_path)
         assert "1 images/s, about 13.6 h left" in out
@@ -204,9 +204,9 @@ def test_speed_and_rest_come_from_what_was_done_lately(tmp_path, often, monkeypa
 
 def test_the_log_is_bounded_and_its_last_line_is_whole(tmp_path, often):
     with owned(tmp_path, "score"):
-        SILENT.planned(Work(10**6))
+        QUIET.planned(Work(10**6))
         for _ in range(1500):
-            SILENT.advance(1)
+            QUIET.advance(1)
         assert (tmp_path / LOG_NAME).stat().st_size <= LOG_BYTES + 1000
         assert last_line(tmp_path).done == 1500
     lines = (tmp_path / LOG_NAME).read_text().splitlines()
@@ -216,9 +216,9 @@ def test_the_log_is_bounded_and_its_last_line_is_whole(tmp_path, often):
 
 def test_lines_are_written_every_few_seconds_at_most(tmp_path):
     with owned(tmp_path, "score"):
-        SILENT.planned(Work(1000))
+        QUIET.planned(Work(1000))
         for _ in range(1000):
-            SILENT.advance(1)
+            QUIET.advance(1)
     assert len((tmp_path / LOG_NAME).read_text().splitlines()) == 2
 
 
@@ -248,8 +248,8 @@ def test_something_else_in_the_place_of_the_log_is_left_alone(tmp_path, make, of
     folder.mkdir()
     make(folder / LOG_NAME, other)
     with owned(folder, "score"):
-        SILENT.planned(Work(10))
-        SILENT.advance(10)
+        QUIET.planned(Work(10))
+        QUIET.advance(10)
         assert status(folder).state == "running"
     assert other.read_text() == "mine\n"
 
@@ -294,7 +294,7 @@ def test_odd_lines_of_a_log_are_passed_over(tmp_path, line):
     # the line before is read, unless it is too far from the end
     assert found is None if len(line) > 10**6 else found.done == 40
     with owned(tmp_path, "score"):
-        SILENT.planned(Work(7))
+        QUIET.planned(Work(7))
     assert last_line(tmp_path).total == 7
     (tmp_path / LOG_NAME).write_bytes(line)
     (tmp_path / "run.json").write_text("{}")
@@ -354,7 +354,7 @@ def test_a_folder_of_no_run_is_one_sentence(tmp_path, capsys, make):
 def test_work_that_nothing_came_of_leaves_no_log(tmp_path):
     def fail() -> None:
         with owned(tmp_path / "run", "index"):
-            SILENT.planned(Work(3))
+            QUIET.planned(Work(3))
             raise UsageError("expected more")
 
     with pytest.raises(UsageError):
@@ -375,6 +375,9 @@ def test_a_reporter_that_is_made_of_another_is_heard_once(tmp_path, often):
         with owned(tmp_path / "index", "index"):
             third.planned(Work(9))
             third.advance(9)
+        # a part of the work is told of by its caller
+        SILENT.planned(Work(1))
+        SILENT.advance(1)
         # work in another folder is that folder's
         assert last_line(tmp_path).total == 5
         with heard_by(None):
