@@ -423,14 +423,20 @@ def test_the_commands_score_and_merge_shards(tmp_path, capsys, monkeypatch):
     assert all(Path(path).is_file() for path in (*document["pictures"], *document["tables"]))
     assert (merged / "top-images.png").read_bytes() == (tmp_path / "whole" / "top-images.png").read_bytes()
     assert (merged / "inputs.json").read_bytes() == (tmp_path / "whole" / "inputs.json").read_bytes()
-    assert exit_code("extract", "--run", merged, "--judge", "tokens", "--prefix", "8", "--top-per-class", "1") == 0
-    # a shard is resumed as what it is
-    assert exit_code("score", *options, "--shard", "1/2", "--out", tmp_path / "part-1", "--resume") == 0
-    capsys.readouterr()
-    for other in ((), ("--shard", "2/2")):
-        code, _, err = run(capsys, "score", *options, *other, "--out", tmp_path / "part-1", "--resume")
-        assert code == 2
-        assert "expected the inputs that the run in" in err
+
+
+def test_a_shard_is_resumed_as_what_it_is(model, tmp_path):
+    for shard in ((1, 2), (1, 1)):
+        out = tmp_path / str(shard[1])
+        fastmem.score(model, images(), out=out, shard=shard, **OPTIONS)
+        before = (out / "train.safetensors").read_bytes()
+        fastmem.score(model, images(), out=out, shard=shard, resume=True, **OPTIONS)
+        assert (out / "train.safetensors").read_bytes() == before
+        for other in (None, (2, 2)):
+            with pytest.raises(UsageError, match="expected the inputs that the run in"):
+                fastmem.score(model, images(), out=out, shard=other, resume=True, **OPTIONS)
+    # one slice of one is all
+    assert fastmem.merge([tmp_path / "1"], tmp_path / "merged", pictures=False).train.count == 23
 
 
 def test_images_that_have_gone_cost_a_merged_run_only_their_picture(model, tmp_path):
