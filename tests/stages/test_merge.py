@@ -401,28 +401,50 @@ def test_what_a_killed_merge_left_is_cleared(made, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_the_commands_score_and_merge_shards(tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("FASTMEM_HOME", str(tmp_path / "home"))
-    train = write_folder(tmp_path / "train", random_images(12, 64), classes=3)
-    unseen = write_folder(tmp_path / "unseen", random_images(6, 64, seed=1), classes=3)
-    (train / "class-1" / "broken.png").write_bytes(b"broken")
-    (train / "class-2" / "notes.txt").write_text("not an image")
-    options = ("--model", "rar-tiny", "--views", "center", "--no-class-check", "--data", train, "--heldout", unseen)
-    assert exit_code("score", *options, "--out", tmp_path / "whole") == 0
-    for i in (1, 2):
-        assert exit_code("score", *options, "--shard", f"{i}/2", "--out", tmp_path / f"part-{i}") == 0
-    capsys.readouterr()
+def test_the_command_merges_shards(made, tmp_path, capsys):
     merged = tmp_path / "merged"
-    code, out, err = run(capsys, "merge", tmp_path / "part-2", tmp_path / "part-1", "--out", merged, "--json")
-    document, whole = json.loads(out), json.loads((tmp_path / "whole" / "result.json").read_text())
+    code, out, err = run(capsys, "merge", made / "part-2", made / "part-1", made / "part-3", "--out", merged, "--json")
+    document, whole = json.loads(out), json.loads((made / "whole" / "result.json").read_text())
     assert code == 0
-    assert "merging 2 runs of 19 images" in err
-    same = ("model", "images", "heldout_images", "skipped", "skipped_images", "undefined", "segments", "views")
+    assert "merging 3 runs of 38 images, about" in err
+    assert "no picture of the images behind the highest units: expected the images that were scored" in err
+    same = ("model", "images", "heldout_images", "skipped", "undefined", "segments", "views", "membership")
     assert {key: document[key] for key in same} == {key: whole[key] for key in same}
-    assert [Path(p).name for p in document["pictures"]] == [Path(p).name for p in whole["pictures"]]
     assert all(Path(path).is_file() for path in (*document["pictures"], *document["tables"]))
-    assert (merged / "top-images.png").read_bytes() == (tmp_path / "whole" / "top-images.png").read_bytes()
-    assert (merged / "inputs.json").read_bytes() == (tmp_path / "whole" / "inputs.json").read_bytes()
+    code, out, err = run(capsys, "merge", made / "part-2", "--out", tmp_path / "other")
+    assert (code, out, len(err.splitlines())) == (2, "", 1)
+    code, out, err = run(capsys, "merge", "--out", tmp_path / "other")
+    assert code == 2
+
+
+def test_the_command_scores_a_shard(tmp_path, capsys, monkeypatch):
+    asked: list[object] = []
+
+    def stop(*arguments: object, shard: object, **settings: object) -> None:
+        asked.append(shard)
+        raise UsageError("expected no more")
+
+    monkeypatch.setattr("fastmem.cli.score.score", stop)
+    for options in ((), ("--shard", "2/3")):
+        assert exit_code("score", "--model", "rar-tiny", "--out", tmp_path / "run", *options) == 2
+    assert asked == [None, (2, 3)]
+
+
+def test_pictures_places_and_skipped_files_are_those_of_one_pass(model, tmp_path):
+    train = write_folder(tmp_path / "train", random_images(8, 16))
+    (train / "class-1" / "broken.png").write_bytes(b"broken")
+    (train / "class-0" / "notes.txt").write_text("not an image")
+    options = {**OPTIONS, "pictures": True}
+    fastmem.score(model, FolderSource(train), out=tmp_path / "whole", **options)
+    for i in (1, 2):
+        fastmem.score(model, FolderSource(train), out=tmp_path / str(i), shard=(i, 2), **options)
+    fastmem.merge([tmp_path / "2", tmp_path / "1"], tmp_path / "merged")
+    found, expected = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("merged", "whole"))
+    assert found["skipped_images"] == expected["skipped_images"]
+    assert len(found["skipped_images"]) == 2
+    assert [Path(path).name for path in found["pictures"]] == [Path(path).name for path in expected["pictures"]]
+    for name in ("top-images.png", "inputs.json", "run.json", "images.parquet"):
+        assert (tmp_path / "merged" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
 def test_a_shard_is_resumed_as_what_it_is(model, tmp_path):
