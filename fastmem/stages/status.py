@@ -106,8 +106,8 @@ def _has_begun(folder: Path, stage: str) -> bool:
 
 def _after(folder: Path, stage: str | None, line: Line | None) -> str:
     """Return the state of work that nobody does any more."""
-    if line is not None and line.event != "working":
-        return FINISHED if line.event == "finished" else INTERRUPTED
+    if line is not None and line.event == "finished":
+        return FINISHED
     ends = STAGES[stage][1] if stage in STAGES else None
     if ends is None and line is None:
         # no file says that samples are complete, and there is no log
@@ -117,7 +117,7 @@ def _after(folder: Path, stage: str | None, line: Line | None) -> str:
     if line is None:
         # an index that is extended has vectors that wait
         return INTERRUPTED if stage == "index" and any((folder / "pending").glob("*")) else FINISHED
-    # the last line may be missing, after a full disk
+    # later lines may be missing, after a full disk
     with suppress(OSError, ValueError):
         if (folder / ends).stat().st_mtime >= datetime.fromisoformat(line.time).timestamp():
             return FINISHED

@@ -131,14 +131,9 @@ def test_every_stage_says_how_far_it_is(toy_source, tmp_path, monkeypatch):
     stages = ("extract", "evaluate", "sweep", "score", "index")
     assert {stage: entry["state"] for stage, entry in first.items()} == dict.fromkeys(stages, "finished")
     counted = {stage: (entry["done"], entry["total"]) for stage, entry in first.items()}
-    images = 23 + 6
-    assert counted == {
-        "score": (images, images),
-        "index": (23, 23),
-        "extract": (10, 10),
-        "evaluate": (6, 6),
-        "sweep": (2, 2),
-    }
+    assert all(done == total > 0 for done, total in counted.values())
+    # with 7 of the held-out images, which the training set matches
+    assert (counted["score"][0], counted["index"][0], counted["evaluate"][0], counted["sweep"][0]) == (30, 23, 6, 2)
     # without the log the files of a stage say whether it is finished
     for entry in first.values():
         Path(entry["run"], LOG_NAME).unlink()
@@ -157,6 +152,7 @@ def test_an_index_that_was_stopped_is_interrupted(toy_source, tmp_path, often):
     assert status(tmp_path / "i").state == "interrupted"
     build_index(toy_source, FakeEmbedder(), tmp_path / "i", workers=0, resume=True)
     assert status(tmp_path / "i").state == "finished"
+    assert last_line(tmp_path / "i").event == "finished"
 
 
 WORDS = {
