@@ -434,10 +434,9 @@ def test_pictures_places_and_skipped_files_are_those_of_one_pass(model, tmp_path
     train = write_folder(tmp_path / "train", random_images(8, 16))
     (train / "class-1" / "broken.png").write_bytes(b"broken")
     (train / "class-0" / "notes.txt").write_text("not an image")
-    options = {**OPTIONS, "pictures": True}
-    fastmem.score(model, FolderSource(train), out=tmp_path / "whole", **options)
+    fastmem.score(model, FolderSource(train), out=tmp_path / "whole", **{**OPTIONS, "pictures": True})
     for i in (1, 2):
-        fastmem.score(model, FolderSource(train), out=tmp_path / str(i), shard=(i, 2), **options)
+        fastmem.score(model, FolderSource(train), out=tmp_path / str(i), shard=(i, 2), **OPTIONS)
     fastmem.merge([tmp_path / "2", tmp_path / "1"], tmp_path / "merged")
     found, expected = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("merged", "whole"))
     assert found["skipped_images"] == expected["skipped_images"]
