@@ -92,9 +92,11 @@ class _Heard:
 class Reporter:
     """Functions that long work calls while it runs; by default they do nothing.
 
-    note: gets one sentence that a person should read; planned: gets the plan of each piece of work before it starts,
-    several in turn where a stage does several; advance: gets how many more things of the latest plan are done; heard:
-    whether the log in the folder of the work hears of plans and progress, too.
+    Attributes:
+        note: gets one sentence that a person should read.
+        planned: gets the plan of each piece of work before it starts, several in turn where a stage does several.
+        advance: gets how many more things of the latest plan are done.
+        heard: whether the log in the folder of the work hears of plans and progress, too.
     """
 
     note: Callable[[str], None] = field(default=_nothing)
