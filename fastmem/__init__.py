@@ -37,10 +37,12 @@ if TYPE_CHECKING:
     from fastmem.stages.evaluate import evaluate
     from fastmem.stages.extract import extract
     from fastmem.stages.index import index as index
+    from fastmem.stages.merge import merge
     from fastmem.stages.mitigate import mitigate
     from fastmem.stages.opened_run import OpenedRun, open_run
     from fastmem.stages.options import SSCDOptions
     from fastmem.stages.score import score
+    from fastmem.stages.status import status
     from fastmem.stages.sweep import sweep as sweep
     from fastmem.stats import UnitStats
 
@@ -73,6 +75,7 @@ _HOMES = {
     "index": "fastmem.stages.index",
     "load_model": "fastmem.models.checkpoints",
     "membership": "fastmem.scoring.membership",
+    "merge": "fastmem.stages.merge",
     "mitigate": "fastmem.stages.mitigate",
     "model_names": "fastmem.models.registry",
     "open_run": "fastmem.stages.opened_run",
@@ -83,6 +86,7 @@ _HOMES = {
     "scale_units": "fastmem.mitigation.scaling",
     "score": "fastmem.stages.score",
     "select": "fastmem.ranking.selection",
+    "status": "fastmem.stages.status",
     "sweep": "fastmem.stages.sweep",
 }
 
@@ -113,6 +117,7 @@ __all__ = [
     "index",
     "load_model",
     "membership",
+    "merge",
     "mitigate",
     "model_names",
     "open_run",
@@ -123,6 +128,7 @@ __all__ = [
     "scale_units",
     "score",
     "select",
+    "status",
     "sweep",
 ]
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -36,24 +38,79 @@ class Work:
         return self.sentence
 
 
+class Hearer(Protocol):
+    """What else hears how far work is, beside the reporter that its caller gave: the log in the work's folder."""
+
+    def planned(self, plan: Plan) -> None: ...
+
+    def advance(self, done: int) -> None: ...
+
+    def skipped(self, count: int) -> None: ...
+
+
+_HEARER: ContextVar[Hearer | None] = ContextVar("hearer", default=None)
+
+
+@contextmanager
+def heard_by(hearer: Hearer | None) -> Iterator[None]:
+    """While entered, ``hearer`` hears what every reporter is told here, in place of one before; None for nobody."""
+    token = _HEARER.set(hearer)
+    try:
+        yield
+    finally:
+        _HEARER.reset(token)
+
+
+def tell_skipped(count: int) -> None:
+    """Tell who hears this work that ``count`` more of its images could not be read."""
+    hearer = _HEARER.get()
+    if hearer is not None and count:
+        hearer.skipped(count)
+
+
 def _nothing(*arguments: Any) -> None:
     """What a reporter does that nobody listens to."""
+
+
+@dataclass(frozen=True)
+class _Heard:
+    """A reporter's function that who hears the work hears too."""
+
+    name: str
+    tell: Callable[[Any], None]
+
+    def __call__(self, what: Any) -> None:
+        hearer = _HEARER.get()
+        # a reporter may be made of another one, and is heard once
+        with heard_by(None):
+            if hearer is not None:
+                getattr(hearer, self.name)(what)
+            self.tell(what)
 
 
 @dataclass(frozen=True)
 class Reporter:
     """Functions that long work calls while it runs; by default they do nothing.
 
-    note: gets one sentence that a person should read; planned: gets the plan of each piece of work before it starts,
-    several in turn where a stage does several; advance: gets how many more things of the latest plan are done.
+    Attributes:
+        note: gets one sentence that a person should read.
+        planned: gets the plan of each piece of work before it starts, several in turn where a stage does several.
+        advance: gets how many more things of the latest plan are done.
+        heard: whether the log in the folder of the work hears of plans and progress, too.
     """
 
     note: Callable[[str], None] = field(default=_nothing)
     planned: Callable[[Plan], None] = field(default=_nothing)
     advance: Callable[[int], None] = field(default=_nothing)
+    heard: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("planned", "advance") if self.heard else ():
+            object.__setattr__(self, name, _Heard(name, getattr(self, name)))
 
 
-SILENT = Reporter()
+# for a part of work whose caller tells of it, and for a stage, of which only the log in its folder hears
+SILENT, QUIET = Reporter(heard=False), Reporter()
 
 # control characters, those that only change how others are shown, halves of characters, and ends of lines
 UNSEEN = ("Cc", "Cf", "Cs", "Zl", "Zp")

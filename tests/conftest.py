@@ -32,6 +32,7 @@ from fastmem.models.model import Model
 from fastmem.models.rar import RAR, Modulation, RARConfig
 from fastmem.models.var import VAR, VARConfig
 from fastmem.models.vqvae import MultiScaleVQVAE, MultiScaleVQVAEConfig
+from fastmem.runs.progress import LOG_NAME
 from fastmem.runs.ranks import current_ranks
 
 ROOT = Path(__file__).parents[1]
@@ -142,8 +143,9 @@ def write_folder(folder: Path, images: np.ndarray, classes: int = 2, first: int 
 
 
 def folder_bytes(folder: Path) -> dict[str, bytes]:
-    """The content of every file below a folder, by its path from there."""
-    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    """The content of every file below a folder, by its path from there, but for the log, which says when and who."""
+    files = [file for file in folder.rglob("*") if file.is_file() and file.name != LOG_NAME]
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
 
 @pytest.fixture(scope="session")
@@ -183,11 +185,12 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
     return code, *capsys.readouterr()
 
 
-def start_python(code: str, *arguments: object) -> subprocess.Popen:
+def start_python(code: str, *arguments: object, stdin: int | None = None) -> subprocess.Popen:
     """Start a process that runs ``code`` with ``arguments`` and can import what this one can."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, sys.path)])}
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=environment, stdin=stdin, stdout=pipe, stderr=pipe, text=True)
 
 
 @pytest.fixture(scope="module")

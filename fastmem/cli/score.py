@@ -28,6 +28,7 @@ from fastmem.models.checkpoints import load_model
 from fastmem.models.registry import LARGE_EXAMPLE, SMALL_EXAMPLE, find_entry
 from fastmem.report.score_report import ScoreFindings
 from fastmem.runs.folder import out_folder
+from fastmem.scoring.shard import Shard
 from fastmem.stages.opened_run import open_sources
 from fastmem.stages.score import ScoredRun, score
 
@@ -45,6 +46,7 @@ SCORES, RESULT = "What is measured", "The result"
 @option("--heldout", IMAGES, "Images that the model was not trained on, as a control.", metavar="PATH")
 @option("--per-class", IMAGES, "Images of each class, drawn evenly.  [default: all]", type=FROM_1)
 @option("--classes", IMAGES, "Class folders in the checkpoint's order, one name per line.", metavar="FILE")
+@option("--shard", IMAGES, "Only the I-th of N slices, from 1, as 1/8; `fastmem merge` joins them.", metavar="I/N")
 @option("--no-class-check", IMAGES, "Accept a class order that may not fit the checkpoint.", is_flag=True)
 @CHECKPOINT
 @TOKENIZER
@@ -77,6 +79,7 @@ def command(
     data: str | None,
     heldout: str | None,
     classes: str | None,
+    shard: str | None,
     no_class_check: bool,
     checkpoint: str | None,
     tokenizer: str | None,
@@ -106,6 +109,7 @@ def command(
     """
     if resume and out is None:
         raise UsageError("expected --out RUN with --resume, got none: name the run folder to go on in")
+    part = None if shard is None else Shard.parse(shard)
     find_entry(model)
     sources = open_sources(model, data, heldout, classes)
     loaded = load_model(model, checkpoint, tokenizer, device, dtype)
@@ -129,6 +133,7 @@ def command(
             out=run,
             resume=resume,
             check_classes=not no_class_check,
+            shard=None if part is None else (part.number, part.of),
             reporter=reporter,
         )
     # a pass with a run folder leaves a document

@@ -16,6 +16,7 @@ from fastmem.data.sources import ImageSource
 from fastmem.data.views import Views
 from fastmem.data.workers import WorkersNotStarted, read_in_workers
 from fastmem.errors import InputFileError, UsageError
+from fastmem.reporter import tell_skipped
 from fastmem.runs.ranks import local_ranks
 
 MAX_WORKERS = 4
@@ -80,7 +81,13 @@ def load_views(
         UsageError: a position is out of range, the manifest is of another source, or ``workers`` is negative.
         FastmemError: worker processes cannot be started, or one died (raised while iterating).
     """
-    return load(ViewReader(source, manifest, recipe), batches, workers)
+    return _counted(load(ViewReader(source, manifest, recipe), batches, workers))
+
+
+def _counted(batches: Iterator[Batch]) -> Iterator[Batch]:
+    for batch in batches:
+        tell_skipped(len(batch.skipped))
+        yield batch
 
 
 @dataclass(frozen=True, eq=False)

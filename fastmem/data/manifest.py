@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -125,6 +125,24 @@ class Manifest:
         at = positions[order]
         arrays = (heldout.ids[at], heldout.labels[at], heldout.index[at], fold[order], heldout.names[at])
         return mask, Manifest(*arrays, heldout.classes)
+
+    @classmethod
+    def join(cls, parts: Sequence[Manifest]) -> tuple[Manifest, np.ndarray]:
+        """Return the manifest of all images of several, which share a class order and no image, sorted by label and id.
+
+        Images keep their folds, and the longest list of classes is taken. The second result says where each was when
+        the parts stand one after the other, int64 [N].
+        """
+        names = ("ids", "labels", "index", "fold", "names")
+        ids, labels, index, fold, texts = (np.concatenate([getattr(part, name) for part in parts]) for name in names)
+        order = np.lexsort((ids, labels))
+        classes = max((part.classes for part in parts), key=len)
+        return cls(ids[order], labels[order], index[order], fold[order], texts[order], classes), order
+
+    def take(self, positions: np.ndarray) -> Manifest:
+        """Return the manifest of the images at ``positions``, int64 [n] and ascending, with the folds they have."""
+        at = positions
+        return Manifest(self.ids[at], self.labels[at], self.index[at], self.fold[at], self.names[at], self.classes)
 
     def work_units(self, max_images: int | None = None) -> list[WorkUnit]:
         """Split the manifest into slices of one class each, with at most ``max_images`` images (None for no limit).

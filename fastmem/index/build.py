@@ -33,7 +33,7 @@ from fastmem.index.files import (
     write_index,
 )
 from fastmem.index.pending import PendingPart, read_pending
-from fastmem.reporter import SILENT, Reporter, size, time_left
+from fastmem.reporter import QUIET, Reporter, size, time_left
 from fastmem.runs.folder import check_writable
 from fastmem.runs.interruption import Interruption
 from fastmem.runs.owner import owned
@@ -112,7 +112,7 @@ def build_index(
     batch_size: int | None = None,
     workers: int | None = None,
     seed: int = 0,
-    reporter: Reporter = SILENT,
+    reporter: Reporter = QUIET,
 ) -> IndexResult:
     """Embed every image of ``source`` and build an index of them, or add the missing images to an existing index.
 

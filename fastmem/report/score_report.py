@@ -13,7 +13,6 @@ import numpy as np
 from fastmem.data.sources import ImageSource
 from fastmem.errors import UsageError
 from fastmem.files import write_json
-from fastmem.models.model import Model
 from fastmem.ranking.gap import Gap, gap
 from fastmem.ranking.ownership import owned_units, owners
 from fastmem.ranking.reliability import Reliability, reliability
@@ -23,7 +22,6 @@ from fastmem.report.unit_table import TopUnit, names_by_id, top_units, write_uni
 from fastmem.runs.folder import RESULT_SCHEMA, RunFolder
 from fastmem.scoring.membership import Membership, loss_scores, membership
 from fastmem.scoring.score import ScoreResult
-from fastmem.scoring.settings import ScoreSettings
 from fastmem.stats import UnitStats
 
 # units on the sheet of images
@@ -90,22 +88,24 @@ def find_membership(result: ScoreResult) -> dict[str, Membership]:
 
 
 def write_report(
-    model: Model,
-    source: ImageSource,
+    name: str,
+    source: ImageSource | None,
     folder: RunFolder,
     result: ScoreResult,
-    settings: ScoreSettings,
+    views: int | str,
     with_pictures: bool = True,
+    place: Path | None = None,
 ) -> tuple[dict[str, Any], ScoreFindings]:
     """Write the tables, the pictures and result.json of a scoring run, and return its document and findings.
 
     Args:
-        model: the model that was scored.
-        source: the training images.
-        folder: the run folder.
+        name: of the model that was scored.
+        source: the training images; None where they are not at hand, which leaves out their pictures.
+        folder: the folder that is written into.
         result: statistics and losses of the run.
-        settings: settings of the run.
+        views: number of views of each image, or "center".
         with_pictures: whether pictures are drawn.
+        place: where the run folder will be, if not there.
 
     Raises: UsageError where the folder cannot be written.
     """
@@ -115,15 +115,16 @@ def write_report(
     write_unit_table(tables[0], stats, heldout, found.names, found.gap)
     losses = {"train": result.train_losses, "heldout": result.heldout_losses}
     write_image_table(tables[1], result.manifests, losses, found.owned)
-    pictures = _draw(path, model.name, source, result, found) if with_pictures else []
+    pictures = _draw(path, name, source, result, found) if with_pictures else []
+    place = path if place is None else place
     document = {
-        "run": str(path),
-        "model": model.name,
+        "run": str(place),
+        "model": name,
         "backend": result.backend,
         "device": result.device,
         "images": stats.count,
         "heldout_images": heldout.count if heldout else 0,
-        "views": settings.views,
+        "views": views,
         "layers": stats.shape[0],
         "segments": list(stats.segments),
         "units": stats.shape[2],
@@ -135,14 +136,14 @@ def write_report(
         "reliability": {by: _numbers(asdict(r)) for by, r in found.reliability.items()},
         "gap": None if found.gap is None else gap_document(found.gap, stats),
         "membership": {by: m.document() for by, m in found.membership.items()},
-        "tables": [str(table) for table in tables],
-        "pictures": [str(picture) for picture in pictures],
+        "tables": [str(place / table.name) for table in tables],
+        "pictures": [str(place / picture.name) for picture in pictures],
     }
     write_json(folder.result_file, {"schema": RESULT_SCHEMA} | document)
     return document, found
 
 
-def _draw(path: Path, name: str, source: ImageSource, result: ScoreResult, found: ScoreFindings) -> list[Path]:
+def _draw(path: Path, name: str, source: ImageSource | None, result: ScoreResult, found: ScoreFindings) -> list[Path]:
     """Draw the pictures for which the run has what they need, and return their paths."""
     # imported here, because these load matplotlib, which takes time and is not needed before
     from fastmem.report.heatmap import draw_unitmem_heatmap
@@ -150,10 +151,12 @@ def _draw(path: Path, name: str, source: ImageSource, result: ScoreResult, found
 
     stats, heldout, pictures = result.train, result.heldout, []
     if found.top:
-        pictures = [path / "unitmem-by-block.png", path / "top-images.png"]
+        pictures = [path / "unitmem-by-block.png"]
         draw_unitmem_by_block(pictures[0], stats, heldout, name)
+    if found.top and source is not None:
+        pictures.append(path / "top-images.png")
         title = f"{name}: the images behind the {len(found.top)} units of highest UnitMem"
-        draw_contact_sheet(pictures[1], found.top, source, found.names, title)
+        draw_contact_sheet(pictures[-1], found.top, source, found.names, title)
     if len(stats.segments) >= HEATMAP_SEGMENTS and found.top:
         pictures.append(path / "unitmem-by-segment.png")
         draw_unitmem_heatmap(pictures[-1], stats, heldout, name)

@@ -8,6 +8,7 @@ units/                  work units that other ranks have finished and that wait 
 SET.safetensors         the statistics of a set
 losses-SET.safetensors  the loss and hits of every image of a set, where they were asked for
 skipped-SET.json        the images of a set that could not be read, with the reasons
+progress.jsonl          how far the work is, for `fastmem status`; no result
 result.json             the document that ``--json`` prints
 edits/                  the units that each edit scales, one file per edit
 samples/                images that the model generated, with and without edits, and their features
@@ -37,6 +38,8 @@ from fastmem.runs.ranks import in_job
 RUN_SCHEMA = "fastmem.run/1"
 RESULT_SCHEMA = "fastmem.score/1"
 INPUTS_SCHEMA = "fastmem.inputs/1"
+# in place of the images of a run that was merged from runs over images in different places
+SEVERAL = "several"
 
 
 def default_folder(model: str) -> Path:
@@ -123,10 +126,10 @@ class RunInputs:
         model: name of the model in the registry.
         checkpoint: absolute path of the generator's weights; None for the official file, or the one in the package.
         tokenizer: absolute path of the tokenizer's weights; None for the official file, or the one in the package.
-        data: absolute path of the training images, or "memory" for images that were in memory only; "embedded" or None
-            for those that come with the package.
-        heldout: absolute path of the held-out images, "memory" or "embedded"; None for those that come with the
-            package, or where there are none.
+        data: absolute path of the training images, "memory" for images that were in memory only, or "several" where a
+            run was merged from several; "embedded" or None for those that come with the package.
+        heldout: absolute path of the held-out images, "memory", "several" or "embedded"; None for those that come with
+            the package, or where there are none.
         classes: text file with the class order; None where the order is taken from the run's manifest.
         data_split: folder below ``data`` with the class folders; None for ``train`` where there is one.
         heldout_split: folder below ``heldout`` with the class folders; None for ``train`` where there is one.
@@ -243,7 +246,9 @@ class RunFolder:
                 "or choose another --out"
             )
         before = self.identity()
-        for key, value in identity.items():
+        # a run of one slice names its shard, and one of all images does not
+        for key in (*identity, *({"shard"} & before.keys() - identity.keys())):
+            value = identity.get(key)
             if before.get(key) != value:
                 raise UsageError(
                     f"expected the inputs that the run in {self.path} was started with, got {key} {value!r} instead of "
@@ -254,6 +259,23 @@ class RunFolder:
     def identity(self) -> dict[str, Any]:
         """Return what run.json says. Raises: InputFileError where it is missing or damaged."""
         return read_json(self.identity_file, RUN_SCHEMA)
+
+    def finished_identity(self) -> dict[str, Any]:
+        """Return what run.json says of a run whose scoring pass is finished.
+
+        Raises: InputFileError where there is no such run, or it is damaged or unfinished.
+        """
+        if not self.identity_file.exists():
+            raise InputFileError(f"expected the folder of a scored run at {self.path}, got no run.json there: check it")
+        identity = read_json(self.identity_file, RUN_SCHEMA, IdentityShape)
+        files = [*map(self.stats_file, identity["manifests"]), self.inputs_file, self.result_file]
+        missing = next((file.name for file in files if not file.exists()), None)
+        if missing is not None:
+            raise InputFileError(
+                f"expected a finished run in {self.path}, got one without {missing}: finish it with `fastmem score` "
+                "and --resume"
+            )
+        return identity
 
     def start(self, identity: Mapping[str, Any]) -> None:
         """Create the folder and write ``identity``, the run's inputs, to run.json.

@@ -12,7 +12,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -22,6 +22,7 @@ import msgspec
 
 from fastmem.errors import FastmemError, UsageError
 from fastmem.files import OWNER_PREFIX, read_bounded, remove_leftovers
+from fastmem.runs.progress import LOG_NAME, ProgressLog, logged
 
 OWNER = re.compile(re.escape(OWNER_PREFIX) + r"(\d{1,9})")
 OWNER_BYTES = 4096
@@ -127,15 +128,21 @@ def living_owner(folder: Path, but: Path | None = None) -> Owner | None:
     return None
 
 
+def _alone() -> tuple[int, int]:
+    return 1, 1
+
+
 @contextmanager
-def owned(folder: Path, work: str) -> Iterator[None]:
+def owned(folder: Path, work: str, ranks: Callable[[], tuple[int, int]] = _alone) -> Iterator[None]:
     """Take a folder for this process while entered, and give it back on leaving.
 
     What a killed process left half written there is removed. A folder that this process has taken already stays its.
+    What reporters are told within is logged in the folder, for `fastmem status`.
 
     Args:
         folder: the folder; made where it is missing.
         work: what is done there, in a word or two, for the message that others get.
+        ranks: gives how many processes share the work, and how many of them are alive.
 
     Raises: UsageError where another process works there, which it names, the folder cannot be written, or it was
     removed before the work was done.
@@ -144,7 +151,8 @@ def owned(folder: Path, work: str) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         key = str(folder.resolve())
-        file = None if key in _HELD else _take(folder, Owner.this_process(work))
+        me = Owner.this_process(work)
+        file = None if key in _HELD else _take(folder, me)
     except OSError as error:
         raise UsageError(
             f"expected a folder that can be written, got {folder} ({error.strerror or error}): choose another --out or "
@@ -157,21 +165,26 @@ def owned(folder: Path, work: str) -> Iterator[None]:
     stopped = threading.Event()
     beat = threading.Thread(target=_beat, args=(file, stopped), daemon=True)
     beat.start()
+    ended = False
     try:
         remove_leftovers(folder)
-        yield
-        if not file.exists():
-            raise UsageError(
-                f"expected {folder} to stay while it is worked in, got it removed or emptied in the middle: run the "
-                "command again, with --resume where something is left there"
-            )
+        with logged(ProgressLog(folder, work, me.host, me.process, me.since, ranks)):
+            yield
+            if not file.exists():
+                raise UsageError(
+                    f"expected {folder} to stay while it is worked in, got it removed or emptied in the middle: run the "
+                    "command again, with --resume where something is left there"
+                )
+        ended = True
     finally:
         stopped.set()
         _HELD.discard(key)
         with suppress(OSError):
             file.unlink()
+            # nothing came of it
+            if not ended and [path.name for path in folder.iterdir()] == [LOG_NAME]:
+                (folder / LOG_NAME).unlink()
             if made:
-                # nothing came of it
                 folder.rmdir()
 
 

@@ -420,8 +420,14 @@ def shared(folder: Path, work: str) -> Iterator[Ranks | None]:
         yield ranks
         ranks.wait_for(ranks.key("end"))
         return
+
+    def alive() -> tuple[int, int]:
+        with suppress(FastmemError):
+            return ranks.size, ranks.alive()
+        return ranks.size, 1
+
     try:
-        with owned(folder, work):
+        with owned(folder, work, alive):
             yield ranks
     except BaseException as error:
         with suppress(FastmemError):

@@ -95,13 +95,14 @@ def keeps_rows(settings: ScoreSettings, shape: Shape, manifest: Manifest) -> boo
     return row_bytes(shape, manifest) <= MAX_ROW_BYTES
 
 
-def disk_bytes(settings: ScoreSettings, shape: Shape, manifests: Mapping[str, Manifest]) -> int:
+def disk_bytes(shape: Shape, manifests: Mapping[str, Manifest], keeps: Mapping[str, bool]) -> int:
     """Return the size on disk, in bytes, of the statistics of all sets, and of the part matched to the held-out images.
 
-    ``shape`` is [layers,segments,units], and ``manifests`` are the images by set.
+    ``shape`` is [layers,segments,units], ``manifests`` are the images by set, and ``keeps`` says of each set whether
+    the statistics of every class are kept.
     """
     folds = int(np.prod(shape)) * FOLDS * FOLD_BYTES * (len(manifests) + 1)
-    return folds + sum(row_bytes(shape, m) for m in manifests.values() if keeps_rows(settings, shape, m))
+    return folds + sum(row_bytes(shape, manifest) for split, manifest in manifests.items() if keeps[split])
 
 
 def waiting_bytes(shape: Shape, matched: bool, units: int) -> int:

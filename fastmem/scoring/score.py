@@ -26,7 +26,7 @@ from fastmem.data.views import Joined
 from fastmem.errors import InputFileError, UsageError
 from fastmem.files import read_json, read_tensors, write_json, write_tensors
 from fastmem.models.model import Model
-from fastmem.reporter import SILENT, Reporter
+from fastmem.reporter import SILENT, Reporter, tell_skipped
 from fastmem.runs.folder import RunFolder, check_writable, run_id
 from fastmem.runs.interruption import Interruption
 from fastmem.runs.ranks import AHEAD, Ranks, WorkQueue
@@ -35,6 +35,7 @@ from fastmem.scoring.image_losses import ImageLosses
 from fastmem.scoring.plan import ScorePlan, TokenPlan, disk_bytes, keeps_rows, plan_tokens, waiting_bytes
 from fastmem.scoring.running_set import RunningSet, RunningShape, Seen, as_rows, from_rows
 from fastmem.scoring.settings import ScoreSettings
+from fastmem.scoring.shard import Shard
 from fastmem.scoring.shared_units import SharedUnits
 from fastmem.stats import StatsBuilder, UnitStats
 from fastmem.stats.class_rows import row_folder
@@ -121,6 +122,7 @@ def score_images(
     token_cache: str | Path | None = None,
     reporter: Reporter = SILENT,
     ranks: Ranks | None = None,
+    shard: Shard | None = None,
 ) -> ScoreResult:
     """Compute statistics of every unit's responses to the images, in one pass that keeps no activation.
 
@@ -141,6 +143,7 @@ def score_images(
         reporter: its ``planned`` is given the `ScorePlan`, its ``advance`` the number of images done, and its ``note``
             sentences for a person to read.
         ranks: the ranks of the job, which share the work and give the same results as one process; they need ``out``.
+        shard: the slice of the images that is scored; None for all of them.
 
     Raises: UsageError where settings do not fit the model or the images, or where the folder cannot be written or holds
     another run; InputFileError where the run folder is damaged; KeyboardInterrupt on Ctrl-C, after progress was saved.
@@ -150,7 +153,8 @@ def score_images(
         check_writable(out)
     cache = TokenCache.open(token_cache, model, reporter.note)
     folder = None if out is None else RunFolder(out)
-    return _Scorer(model, settings, chosen, folder, reporter, workers, cache, ranks).run(sets, resume, check_classes)
+    scorer = _Scorer(model, settings, chosen, folder, reporter, workers, cache, ranks, shard)
+    return scorer.run(sets, resume, check_classes)
 
 
 @dataclass
@@ -163,6 +167,7 @@ class _Scorer:
     workers: int | None
     cache: TokenCache | None
     ranks: Ranks | None
+    shard: Shard | None
 
     def __post_init__(self) -> None:
         self.recipe = self.model.view_recipe(self.settings.views)
@@ -172,8 +177,11 @@ class _Scorer:
         self.segments = self.model.find_segments(self.settings.segments)
         self.shape = (self.model.num_layers, len(self.segments), self.model.num_units)
         self.unit_images = UNIT_IMAGES if self.model.device.type == "cpu" else GPU_UNIT_IMAGES
-        # for every position in the training manifest, whether the image is matched to the held-out set
+        # for every position in the training manifest, whether the image is matched to the held-out set; None where all
+        # are, or there is no such set
         self.matched: np.ndarray | None = None
+        # by set, whether a row is kept for every class
+        self.keeps: dict[str, bool] = {}
         self.skipped: dict[str, list[Skipped]] = {}
         self.losses: dict[str, ImageLosses] = {}
         self.saved = time.monotonic()
@@ -181,9 +189,12 @@ class _Scorer:
         self.identity: dict[str, Any] = {}
 
     def run(self, sets: Mapping[str, ImageSource], resume: bool, check_classes: bool) -> ScoreResult:
-        manifests = self._manifests(sets)
-        for manifest in manifests.values():
+        whole = self._manifests(sets)
+        for manifest in whole.values():
             check_labels(self.model, manifest)
+        self.keeps = {split: keeps_rows(self.settings, self.shape, manifest) for split, manifest in whole.items()}
+        manifests = self._slice(whole)
+        sets = {split: source for split, source in sets.items() if split in manifests}
         if self.backend.missed:
             self.reporter.note(f"backend torch, because the faster one is missing: {self.backend.missed}")
         named, known = len(manifests["train"].classes), self.model.num_classes
@@ -192,7 +203,7 @@ class _Scorer:
                 f"the images name {named} classes and the checkpoint has {known}: labels are taken as positions in the "
                 "images' class order, so a subset needs the checkpoint's whole order (--classes FILE)"
             )
-        self.identity = self._identity(manifests)
+        self.identity = self._identity(manifests, whole)
         leads = self.ranks is None or self.ranks.leads
         goes_on = leads and self.folder is not None and self.folder.check(self.identity, resume)
         if any(isinstance(source, TokenSource) for source in sets.values()):
@@ -201,7 +212,7 @@ class _Scorer:
         tokens, self.cache = plan_tokens(self.cache, self.loaded, manifests, self.reporter.note)
         if leads:
             if check_classes and not goes_on:
-                self._check_class_order(sets["train"], manifests["train"])
+                self._check_class_order(sets["train"], whole["train"])
             if self.folder is not None and not goes_on:
                 self.folder.start(self.identity)
             if self.folder is not None:
@@ -253,7 +264,8 @@ class _Scorer:
         manifests = {split: Manifest.build(source, per_class, seed) for split, source in sets.items()}
         if "heldout" in manifests:
             given = manifests["heldout"]
-            self.matched, manifests["heldout"] = manifests["train"].match(given, seed)
+            mask, manifests["heldout"] = manifests["train"].match(given, seed)
+            self.matched = None if mask.all() else mask
             if len(manifests["heldout"]) < len(given):
                 self.reporter.note(
                     f"of {len(given):,} held-out images {len(manifests['heldout']):,} are taken, of no class more than "
@@ -261,7 +273,20 @@ class _Scorer:
                 )
         return manifests
 
-    def _identity(self, manifests: dict[str, Manifest]) -> dict[str, Any]:
+    def _slice(self, manifests: dict[str, Manifest]) -> dict[str, Manifest]:
+        """Return the part of each manifest that this pass scores; all decisions are made on the whole before."""
+        if self.shard is None:
+            return manifests
+        positions = self.shard.cut(manifests)
+        if self.matched is not None:
+            self.matched = self.matched[positions["train"]]
+        self.reporter.note(
+            f"slice {self.shard.number} of {self.shard.of}: {len(positions['train']):,} of "
+            f"{len(manifests['train']):,} images"
+        )
+        return {split: manifests[split].take(at) for split, at in positions.items()}
+
+    def _identity(self, manifests: dict[str, Manifest], whole: dict[str, Manifest]) -> dict[str, Any]:
         settings = asdict(self.settings) | {"segments": [s.name for s in self.segments]}
         return {
             "stage": "score",
@@ -274,6 +299,7 @@ class _Scorer:
             "work_unit": self.unit_images,
             "settings": settings,
             "manifests": {split: manifest.hash for split, manifest in manifests.items()},
+            **({} if self.shard is None else {"shard": self.shard.document(whole)}),
         }
 
     def _origin(self, split: str, manifest: Manifest) -> dict[str, Any]:
@@ -303,7 +329,7 @@ class _Scorer:
     def _plan(self, source: ImageSource, manifests: dict[str, Manifest], tokens: TokenPlan) -> ScorePlan:
         """Return the plan; the duration is estimated from one batch that is run and thrown away."""
         images = {split: len(manifest) for split, manifest in manifests.items()}
-        disk = 0 if self.folder is None else disk_bytes(self.settings, self.shape, manifests)
+        disk = 0 if self.folder is None else disk_bytes(self.shape, manifests, self.keeps)
         if self.ranks is not None:
             disk += waiting_bytes(self.shape, self.matched is not None, AHEAD * self.ranks.size)
         seconds = None
@@ -369,6 +395,7 @@ class _Scorer:
             if self.settings.per_image:
                 self.losses[split] = ImageLosses.load(folder.losses_file(split), manifest.hash, self._owner(split))
             self.reporter.advance(len(manifest))
+            tell_skipped(len(self.skipped[split]))
             return UnitStats.load(folder.stats_file(split), self._owner(split)), 0
         running = self._start_set(split, manifest)
         if running.units > len(units):
@@ -378,6 +405,7 @@ class _Scorer:
             )
         before = units[running.units - 1].stop if running.units else 0
         self.reporter.advance(before)
+        tell_skipped(len(running.skipped))
         if self.ranks is None:
             self._score_units(split, source, running, units)
         else:
@@ -420,10 +448,10 @@ class _Scorer:
         return running
 
     def _empty_set(self, split: str, manifest: Manifest) -> RunningSet:
-        keep_rows = keeps_rows(self.settings, self.shape, manifest)
+        keep_rows = self.keeps[split]
         rows_in = row_folder(self.folder.stats_file(split)) if self.folder is not None and keep_rows else None
         builder = self._builder(split, keep_rows, rows_in)
-        mask = self.matched if split == "train" and self.matched is not None and not self.matched.all() else None
+        mask = self.matched if split == "train" else None
         return RunningSet(
             manifest,
             builder,

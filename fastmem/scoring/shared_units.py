@@ -15,6 +15,7 @@ from torch import Tensor
 from fastmem.data.manifest import WorkUnit
 from fastmem.errors import InputFileError
 from fastmem.files import read_tensors, write_tensors
+from fastmem.reporter import tell_skipped
 from fastmem.runs.ranks import WorkQueue
 from fastmem.scoring.running_set import RunningSet, UnitShape
 
@@ -103,6 +104,9 @@ class SharedUnits:
             number = self.queue.settled
             unit = self.units[number]
             self.running.put_unit(unit, *found)
+            if number not in self.ready:
+                # this rank has told of those that it could not read itself
+                tell_skipped(len(found[1]["skipped"]))
             self.queue.settle()
             self.ready.pop(number, None)
             self._file(number).unlink(missing_ok=True)

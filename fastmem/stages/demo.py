@@ -19,7 +19,7 @@ from fastmem.index.search import EmbeddingIndex
 from fastmem.models.checkpoints import load_model
 from fastmem.models.registry import entries
 from fastmem.ranking.ownership import GroupShare
-from fastmem.reporter import SILENT, Reporter
+from fastmem.reporter import QUIET, SILENT, Reporter
 from fastmem.runs.folder import out_folder
 from fastmem.scoring.membership import Membership
 from fastmem.stages.extract import run_extraction
@@ -71,7 +71,7 @@ def demo(
     model: str | None = None,
     full: bool = False,
     out: str | os.PathLike[str] | None = None,
-    reporter: Reporter = SILENT,
+    reporter: Reporter = QUIET,
 ) -> DemoResult:
     """Score an embedded model on the embedded images.
 

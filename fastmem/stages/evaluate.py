@@ -19,7 +19,7 @@ from fastmem.quality.features import FeatureExtractor, Reference
 from fastmem.quality.losses import read_loss_images
 from fastmem.quality.samples import BATCH
 from fastmem.quality.sampling import EvaluationSettings
-from fastmem.reporter import SILENT, Reporter
+from fastmem.reporter import QUIET, Reporter
 from fastmem.stages.opened_run import EditInForce, OpenedRun, edited
 from fastmem.stages.options import USUAL_SSCD, SamplingOptions, SSCDOptions
 from fastmem.stages.quality_inputs import FeatureOptions, find_references
@@ -96,7 +96,7 @@ def evaluate(
     seed: int = 0,
     batch_size: int = BATCH,
     workers: int | None = None,
-    reporter: Reporter = SILENT,
+    reporter: Reporter = QUIET,
 ) -> EvaluationResult:
     """Measure image quality: samples against real images, and how well real images are predicted.
 

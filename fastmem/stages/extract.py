@@ -24,7 +24,7 @@ from fastmem.index.build import default_index_folder
 from fastmem.index.search import EmbeddingIndex
 from fastmem.mitigation.edit_file import EditPlan
 from fastmem.report.extraction_report import describe, write_verdicts
-from fastmem.reporter import SILENT, Reporter, Work
+from fastmem.reporter import QUIET, SILENT, Reporter, Work
 from fastmem.runs.owner import owned
 from fastmem.stages.index import IndexResult
 from fastmem.stages.opened_run import EditInForce, OpenedRun, edited
@@ -128,7 +128,7 @@ def extract(
     sscd: SSCDOptions = USUAL_SSCD,
     batch_size: int = BATCH_ROWS,
     workers: int | None = None,
-    reporter: Reporter = SILENT,
+    reporter: Reporter = QUIET,
 ) -> ExtractionResult:
     """Pull training images out of the model of a scored run, and judge what comes back.
 

@@ -14,7 +14,7 @@ from fastmem.index.build import build_index
 from fastmem.index.faiss_index import EXACT
 from fastmem.index.files import IndexHeader
 from fastmem.index.merge import merge_indexes
-from fastmem.reporter import SILENT, Reporter
+from fastmem.reporter import QUIET, Reporter
 from fastmem.stages.options import USUAL_SSCD, SSCDOptions
 from fastmem.stages.result import StageResult
 
@@ -39,7 +39,7 @@ def index(
     batch_size: int | None = None,
     workers: int | None = None,
     seed: int = 0,
-    reporter: Reporter = SILENT,
+    reporter: Reporter = QUIET,
 ) -> IndexResult:
     """Embed every image of a training set with SSCD and make the index that extraction searches.
 

@@ -21,7 +21,7 @@ from fastmem.models.checkpoints import load_model
 from fastmem.models.model import Model
 from fastmem.models.registry import entries, find_entry
 from fastmem.reporter import SILENT, Reporter
-from fastmem.runs.folder import RUN_SCHEMA, IdentityShape, RunFolder, RunInputs, run_id
+from fastmem.runs.folder import RUN_SCHEMA, SEVERAL, IdentityShape, RunFolder, RunInputs, run_id
 from fastmem.scoring.image_losses import ImageLosses
 from fastmem.stats import UnitStats
 from fastmem.tokens.cache import TokenCache
@@ -207,7 +207,7 @@ def open_run(
         )
     given = {"train": data, "heldout": heldout}
     sources = {
-        split: _open_again(inputs, split, given[split], classes or inputs.classes or manifest.classes)
+        split: open_again(inputs, split, given[split], classes or inputs.classes or manifest.classes)
         for split, manifest in manifests.items()
     }
     manifests = {split: manifest.found_in(sources[split]) for split, manifest in manifests.items()}
@@ -243,10 +243,19 @@ def _check_weights(path: Path, identity: Mapping[str, Any], model: Model, report
             )
 
 
-def _open_again(
+def open_again(
     inputs: RunInputs, split: str, given: Images | None, classes: str | os.PathLike[str] | tuple[str, ...]
 ) -> ImageSource:
-    """The images of one set, from where the caller says or from where they were."""
+    """The images of one set, from where the caller says or from where they were.
+
+    Args:
+        inputs: where they were.
+        split: "train" or "heldout".
+        given: what the caller says; None where nothing.
+        classes: the class order.
+
+    Raises: UsageError where nobody says where they are; as ``open_source`` for the rest.
+    """
     if given is not None:
         return given if isinstance(given, ImageSource) else open_source(given, classes=classes)
     before, below = (inputs.data, inputs.data_split) if split == "train" else (inputs.heldout, inputs.heldout_split)
@@ -254,6 +263,11 @@ def _open_again(
         return embedded_source(split)
     if before == EMBEDDED:
         return embedded_source(below or split)
+    if before == SEVERAL:
+        raise UsageError(
+            "expected one place with all images of a merged run, got several: name one with --"
+            f"{'data' if split == 'train' else 'heldout'}"
+        )
     if before == IN_MEMORY:
         name = "data" if split == "train" else "heldout"
         raise UsageError(f"expected the images that were scored, which were in memory: give them with {name}=")

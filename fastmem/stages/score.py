@@ -15,11 +15,12 @@ from fastmem.errors import UsageError
 from fastmem.files import read_json
 from fastmem.models.model import Model
 from fastmem.report.score_report import ScoreFindings, find, write_report
-from fastmem.reporter import SILENT, Reporter
+from fastmem.reporter import QUIET, SILENT, Reporter
 from fastmem.runs.folder import RESULT_SCHEMA, RunFolder, RunInputs, run_id
 from fastmem.runs.ranks import current_ranks, shared, was_restarted
 from fastmem.scoring.score import ScoreResult, score_images
 from fastmem.scoring.settings import BATCH_VIEWS, ScoreSettings
+from fastmem.scoring.shard import Shard
 from fastmem.tokens.cache import AUTO, OFF
 
 
@@ -61,7 +62,8 @@ def score(
     workers: int | None = None,
     token_cache: str | os.PathLike[str] | None = None,
     pictures: bool = True,
-    reporter: Reporter = SILENT,
+    shard: tuple[int, int] | None = None,
+    reporter: Reporter = QUIET,
 ) -> ScoreResult:
     """Statistics of every unit's response to the images of a training set, and to held-out images beside them.
 
@@ -91,6 +93,7 @@ def score(
         token_cache: folder where tokens are kept for later passes; "auto" takes the one in ``FASTMEM_HOME``, None and
             "off" keep none.
         pictures: draw the run folder's pictures, too.
+        shard: (i, n) scores only the i-th of n slices of the classes, from 1, for ``merge``; None scores all images.
         reporter: is told the plan, images that are done, and what a person should know.
 
     Raises: UsageError for options that do not fit model or data, a folder that cannot be written or holds another run;
@@ -108,6 +111,7 @@ def score(
         per_image,
         unconditional,
     )
+    part = None if shard is None else Shard(*_pair(shard))
     if out is None and current_ranks() is not None:
         raise UsageError("expected a run folder that all ranks of the job share, got none: name it with out=")
     with shared(Path(out), "score") if out is not None else nullcontext() as ranks:
@@ -124,10 +128,13 @@ def score(
             token_cache=None if token_cache is None else os.fspath(token_cache),
             reporter=reporter if ranks is None or ranks.leads else SILENT,
             ranks=ranks,
+            shard=part,
         )
         if out is None:
             return found
-        check_readable(source, len(found.skipped), found.train.count, next(iter(found.skipped), None))
+        if part is None:
+            # another slice may have images that can be read
+            check_readable(source, len(found.skipped), found.train.count, next(iter(found.skipped), None))
         folder = RunFolder(Path(out))
         if ranks is not None and not ranks.leads:
             ranks.wait_for(ranks.key("end"))
@@ -137,10 +144,16 @@ def score(
                 document=read_json(folder.result_file, RESULT_SCHEMA),
             )
         _inputs(model, source, heldout, token_cache).save(folder, run_id(folder.identity()))
-        document, findings = write_report(model, source, folder, found, settings, pictures)
+        document, findings = write_report(model.name, source, folder, found, settings.views, pictures)
         return ScoredRun(
             **{f.name: getattr(found, f.name) for f in fields(found)}, findings=findings, document=document
         )
+
+
+def _pair(shard: object) -> tuple[int, int]:
+    if not isinstance(shard, (tuple, list)) or len(shard) != 2:
+        raise UsageError(f"expected shard as (i, n), the i-th of n slices from 1, got {shard!r}")
+    return shard[0], shard[1]
 
 
 def _inputs(

@@ -18,7 +18,7 @@ from fastmem.mitigation.edit_file import edit_path
 from fastmem.quality.features import SSCDFeatures
 from fastmem.quality.samples import BATCH
 from fastmem.report.sweep_pictures import draw_sweep
-from fastmem.reporter import SILENT, Reporter, Work, duration
+from fastmem.reporter import QUIET, Reporter, Work, duration
 from fastmem.runs.folder import RunFolder, run_id
 from fastmem.runs.owner import owned
 from fastmem.stages.evaluate import image_doses
@@ -108,7 +108,7 @@ def sweep(
     batch_size: int = BATCH,
     out: str | os.PathLike[str] | None = None,
     resume: bool = False,
-    reporter: Reporter = SILENT,
+    reporter: Reporter = QUIET,
 ) -> SweepResult:
     """Measure edits of many sizes and selections beside their controls: what is still extracted, and what they cost.
 

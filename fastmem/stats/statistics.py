@@ -211,6 +211,16 @@ class UnitStats:
         matched = self.matched.merge(other.matched) if self.matched and other.matched else None
         return replace(whole, known_summary=self._merge_summaries(other), matched=matched)
 
+    def summarised(self) -> UnitStats:
+        """These statistics with the summaries of their classes, made of class rows where merging has lost them.
+
+        Raises: InputFileError where rows are missing or damaged.
+        """
+        if self.known_summary is not None or self.rows is None:
+            return self
+        parts = tuple(replace(part, known_summary=part._summary()) for part in self.parts)
+        return replace(self, known_summary=self._summary(), parts=parts)
+
     def save(self, path: str | Path) -> None:
         """Write the statistics to a safetensors file, and their class rows into the folder NAME.classes beside it.
 

@@ -18,6 +18,7 @@ from fastmem.data.token_source import TEN, TokenSource
 from fastmem.data.views import CenterCrop, TenCrop, Views, to_unit_range
 from fastmem.errors import InputFileError, UsageError
 from fastmem.models.model import Model
+from fastmem.reporter import tell_skipped
 from fastmem.tokens.cache import SHARD_IMAGES, Rows, TokenCache, parts_of
 
 # a function that is given one sentence for a person to read
@@ -223,6 +224,7 @@ def _through_cache(
     writer, told = _Writer(reader, note), set()
     try:
         for read in loaded:
+            tell_skipped(len(read.batch.skipped))
             for sentence in read.damaged:
                 if sentence not in told:
                     note(f"{sentence}: these images are encoded again")
