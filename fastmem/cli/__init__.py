@@ -27,6 +27,7 @@ COMMANDS = {
     "mitigate": ("fastmem.cli.mitigate", "Weakens the units that memorise: an edit file, or an edited checkpoint."),
     "evaluate": ("fastmem.cli.evaluate", "Measures image quality of a scored model, with or without an edit."),
     "sweep": ("fastmem.cli.sweep", "Measures edits of many sizes and selections beside their controls."),
+    "report": ("fastmem.cli.report", "Writes one HTML page of everything that a run has found."),
     "demo": ("fastmem.cli.demo", "Scores an embedded model on the embedded images."),
     "doctor": ("fastmem.cli.doctor", "Says what this machine offers, which backend will run, and what is missing."),
 }

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from fastmem.data.manifest import Manifest
+from fastmem.errors import InputFileError
 from fastmem.extraction.association import Association
 from fastmem.extraction.extract import Extraction, Verdicts
 from fastmem.extraction.verdicts import Count
-from fastmem.files import write_table
+from fastmem.files import check_tensors, read_tensors, write_table, write_tensors
 
+COMPLETIONS_SCHEMA = "fastmem.completions/1"
 # edges of the bins of similarity histograms
 BINS = np.round(np.linspace(-1, 1, 41), 2)
 
@@ -143,6 +148,147 @@ def write_verdicts(path: Path, extraction: Extraction, manifests: Mapping[str, M
                 )
             )
     write_table(path, pyarrow.concat_tables(tables))
+
+
+@dataclass(frozen=True, eq=False)
+class KeptVerdicts:
+    """The verdicts of a finished extraction on N targets of one set from P prefix lengths, read from its table.
+
+    Attributes:
+        ids: image ids, int64 [N].
+        candidate: whether a target is a candidate of the whole set, bool [N].
+        score: share of right tokens over the last positions, float [N].
+        ceiling: similarity of the reconstruction and the image, float [N]; NaN where it was not measured.
+        match: share of right tokens after the prefix, float [P,N].
+        similarity: of the completion and the reconstruction, float [P,N].
+        original: of the completion and the image, float [P,N]; NaN where it was not measured.
+        nearest: id of the training image nearest to the completion, int64 [P,N]; -1 without an index.
+        nearest_similarity: of the completion and that image, float [P,N]; NaN without an index.
+    """
+
+    ids: np.ndarray
+    candidate: np.ndarray
+    score: np.ndarray
+    ceiling: np.ndarray
+    match: np.ndarray
+    similarity: np.ndarray
+    original: np.ndarray
+    nearest: np.ndarray
+    nearest_similarity: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def read_verdicts(
+    path: Path, extracted: Mapping[int, int], threshold: float, manifests: Mapping[str, Manifest]
+) -> dict[str, KeptVerdicts]:
+    """Read a table that ``write_verdicts`` wrote, by set, and check that it is the one that was counted.
+
+    Args:
+        path: the parquet file.
+        extracted: how many training candidates came back, by prefix length, as its extraction's document says.
+        threshold: above this similarity a target counts as extracted.
+        manifests: the images by set.
+
+    Raises: InputFileError where the file is missing, is damaged, or is of another extraction.
+    """
+    import pyarrow
+    from pyarrow import compute, parquet
+
+    try:
+        table = parquet.read_table(path, partitioning=None)
+        found = {}
+        for split, manifest in manifests.items():
+            own = table.filter(compute.equal(table["set"], split))
+            rows = [own.filter(compute.equal(own["prefix"], prefix)) for prefix in extracted]
+            ids = [row["id"].to_numpy() for row in rows]
+            if len(own) != len(rows) * len(ids[0]) or any(not np.array_equal(ids[0], other) for other in ids):
+                raise ValueError(f"other targets or prefixes in the set {split}")
+            found[split] = _kept(rows)
+            if not np.isin(found[split].ids, manifest.ids).all():
+                raise ValueError(f"images that the set {split} does not have")
+        if sum(map(len, found.values())) * len(extracted) != len(table):
+            raise ValueError("other sets or prefixes")
+        train = found["train"]
+        counted = [int((row[train.candidate] > threshold).sum()) for row in train.similarity.astype(np.float32)]
+        if counted != list(extracted.values()):
+            raise ValueError(f"{counted} images came back, its document says {list(extracted.values())}")
+    except (OSError, KeyError, ValueError, TypeError, pyarrow.ArrowException) as error:
+        raise InputFileError(
+            f"expected the verdicts of an extraction in {path}, got a file that cannot be used ({error}): extract again"
+        ) from error
+    return found
+
+
+def _kept(rows: Sequence[Any]) -> KeptVerdicts:
+    """The verdicts of one set, from its tables by prefix length."""
+
+    def numbers(name: str) -> np.ndarray:
+        columns = [row[name].to_numpy(zero_copy_only=False).astype(np.float64) for row in rows]
+        return np.stack(columns)
+
+    return KeptVerdicts(
+        rows[0]["id"].to_numpy().astype(np.int64),
+        rows[0]["candidate"].to_numpy(zero_copy_only=False).astype(bool),
+        numbers("candidate_score")[0],
+        numbers("ceiling")[0],
+        numbers("token_match"),
+        numbers("similarity"),
+        numbers("similarity_to_image"),
+        np.stack([row["nearest_id"].fill_null(-1).to_numpy() for row in rows]).astype(np.int64),
+        numbers("nearest_similarity"),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Completions:
+    """The tokens of N targets of one set and of their completions from P prefix lengths.
+
+    ``ids`` are image ids, int64 [N]; ``true`` are the targets' tokens, int64 [N,T]; ``made`` are the completions, int64
+    [P,N,T].
+    """
+
+    ids: np.ndarray
+    true: Tensor
+    made: Tensor
+
+
+def write_completions(path: Path, extraction: Extraction, run: str) -> None:
+    """Write the tokens of all targets and completions; ``run`` is the id of the run that they are of.
+
+    Raises: UsageError where the file cannot be written.
+    """
+    tensors: dict[str, Tensor] = {}
+    for split, verdicts in extraction.sets.items():
+        tensors |= {
+            f"{split}.ids": torch.from_numpy(verdicts.targets.ids),
+            f"{split}.true": verdicts.targets.tokens.int(),
+            f"{split}.made": verdicts.tokens.int(),
+        }
+    write_tensors(path, tensors, COMPLETIONS_SCHEMA, {"run_id": run})
+
+
+def read_completions(path: Path, run: str, verdicts: Mapping[str, KeptVerdicts]) -> dict[str, Completions]:
+    """Read tokens that ``write_completions`` wrote for a run, by set; ``verdicts`` are those on the same targets.
+
+    Raises: InputFileError where the file is missing, is damaged, is another run's, or has other targets.
+    """
+    tensors, _ = read_tensors(path, COMPLETIONS_SCHEMA, owner={"run_id": run})
+    found = {}
+    for split, own in verdicts.items():
+        prefixes, count = own.similarity.shape
+        expected = {
+            f"{split}.ids": ("int64", (count,)),
+            f"{split}.true": ("int32", (count, "T")),
+            f"{split}.made": ("int32", (prefixes, count, "T")),
+        }
+        check_tensors(path, tensors, expected)
+        ids = tensors[f"{split}.ids"].numpy()
+        if not np.array_equal(ids, own.ids):
+            raise InputFileError(f"expected the targets of verdicts.parquet in {path}, got others: extract again")
+        found[split] = Completions(ids, tensors[f"{split}.true"].long(), tensors[f"{split}.made"].long())
+    return found
 
 
 def _or_null(values: np.ndarray) -> Any:
