@@ -64,18 +64,18 @@ function startGallery() {
   function card(i) {
     const own = state.own, image = own.image[i], p = state.prefix, yes = above(i), longest = p === own.longest;
     const near = own.nearest[p][i];
-    const figure = (box, caption) => make('figure', {}, box, make('figcaption', {}, caption));
+    const figure = (box, caption, value) => make('figure', {}, box, make('figcaption', {}, make('span', {}, caption), value === undefined ? null : make('span', {class: 'value'}, value)));
     const itself = near === image;
     const numbers = [`similarity ${number(similarity(i))}`, `tokens right ${number(100 * own.match[p][i], 0)} %`];
     if (own.original[p][i] !== null) numbers.push(`to the image itself ${number(own.original[p][i])}`);
-    if (near >= 0) numbers.push(itself ? `nearest: the target (${number(own.nearest_similarity[p][i])})` : `nearest: ${album.names[near]} (${number(own.nearest_similarity[p][i])})`);
+    if (near >= 0) numbers.push(itself ? 'nearest image: the target' : `nearest image: ${album.names[near]}`);
     return make('article', {class: yes ? 'yes' : '', 'data-similarity': similarity(i)},
       make('h3', {}, make('span', {}, album.names[image]), make('span', {class: yes ? 'tag yes' : 'tag'}, `${isHeldout(i) ? 'held out, ' : ''}${yes ? 'extracted' : 'not extracted'}`)),
       data.withPictures ? make('div', {class: 'row'},
         figure(imageBox(image), 'target'),
-        figure(pictureBox(own.rebuilt[i], `reconstruction of ${album.names[image]}`), own.ceiling[i] === null ? 'reconstruction' : `reconstruction, ${number(own.ceiling[i], 2)}`),
-        figure(longest ? pictureBox(own.made[i], `what the model made of ${album.names[image]}`) : make('span', {class: 'picture none'}, `kept of ${own.prefixes[own.longest]} tokens`), `generated, ${number(similarity(i), 2)}`),
-        figure(near >= 0 ? imageBox(near) : make('span', {class: 'picture none'}, 'no index'), near < 0 ? 'nearest' : itself ? 'nearest: itself' : 'nearest other')) : null,
+        figure(pictureBox(own.rebuilt[i], `reconstruction of ${album.names[image]}`), 'reconstruction', own.ceiling[i] === null ? undefined : number(own.ceiling[i], 2)),
+        figure(longest ? pictureBox(own.made[i], `what the model made of ${album.names[image]}`) : make('span', {class: 'picture none'}, `kept of ${own.prefixes[own.longest]} tokens`), 'generated', number(similarity(i), 2)),
+        figure(near >= 0 ? imageBox(near) : make('span', {class: 'picture none'}, 'no index'), near < 0 ? 'nearest' : itself ? 'nearest: target' : 'nearest other', near < 0 ? undefined : number(own.nearest_similarity[p][i], 2))) : null,
       make('p', {class: 'numbers'}, numbers.join(' \u00b7 ')));
   }
 

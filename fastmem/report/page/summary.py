@@ -65,9 +65,20 @@ def tiles(story: Story) -> list[Tile]:
         plan = next((p for p in story.edits if p.name == d.edit), None)
         if plan is not None and plan.by not in CONTROLS:
             count = Count(d.extracted[extraction.longest_key], d.candidates)
-            found.append(Tile(f"after the edit {d.edit}", f"{count.k:,} of {count.n:,}", f"95 %: {_share(count)}"))
+            note = f"95 %: {_share(count)}{_beside_control(story, extraction)}"
+            found.append(Tile(f"after the edit {d.edit}", f"{count.k:,} of {count.n:,}", note))
             break
     return found
+
+
+def _beside_control(story: Story, extraction: FinishedExtraction) -> str:
+    """What came back under a control with as many units, for a note; empty without one."""
+    controls = {plan.name: plan for plan in story.edits if plan.by in CONTROLS}
+    for other in story.extractions:
+        d, plan = other.document, controls.get(other.document.edit or "")
+        if plan is not None and d.prefixes[other.longest] == extraction.document.prefixes[extraction.longest]:
+            return f"; {plan.by} units: {d.extracted[other.longest_key]:,} of {d.candidates:,}"
+    return ""
 
 
 def findings(story: Story) -> list[Finding]:
@@ -81,8 +92,8 @@ def _of_units(story: Story) -> Iterator[Finding]:
         spearman = "" if own.spearman is None else f"; rank correlation {own.spearman:.2f}"
         yield Finding(
             f"Ranking by {name} on two halves of the images",
-            f"{own.overlap:.0%} of the top {own.fraction:.0%} agree{spearman}",
-            control=f"{own.chance:.0%} by chance",
+            f"{100 * own.overlap:.0f} % of the top {100 * own.fraction:.0f} % agree{spearman}",
+            control=f"{100 * own.chance:.0f} % by chance",
             reading="how far the ranking is more than noise",
         )
     for score, need in story.score.undefined.items():
@@ -104,7 +115,7 @@ def _of_units(story: Story) -> Iterator[Finding]:
     yield Finding(
         "Units whose gap stands out",
         f"{gap.called:,} of {gap.tested:,}",
-        control=f"at a false-discovery rate of {gap.false_discovery_rate:.0%}",
+        control=f"at a false-discovery rate of {100 * gap.false_discovery_rate:.0f} %",
     )
 
 
@@ -119,8 +130,8 @@ def _of_losses(story: Story) -> Iterator[Finding]:
         )
         yield Finding(
             f"Training images found at 1 % false alarms by {names.get(by, by)}",
-            f"{m.tpr:.1%}",
-            f"{m.tpr_low:.1%} to {m.tpr_high:.1%}",
+            f"{100 * m.tpr:.1f} %",
+            f"{100 * m.tpr_low:.1f} to {100 * m.tpr_high:.1f} %",
             f"1 %, of {m.members:,} against {m.nonmembers:,} images",
         )
 
@@ -209,4 +220,4 @@ def limits(story: Story) -> list[str]:
 
 def _share(count: Count) -> str:
     low, high = count.interval
-    return f"{low:.1%} to {high:.1%}"
+    return f"{100 * low:.1f} to {100 * high:.1f} %"

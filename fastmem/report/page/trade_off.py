@@ -116,7 +116,7 @@ def measured_edits(story: Story) -> dict[str, Any] | None:
                 "factor": None if plan is None or not len(plan) else float(plan.factor[0]),
                 "extracted": None if found is None else counted(found.extracted[key], found.candidates),
                 "heldout": None if found is None else counted(found.heldout_extracted[key], found.heldout_candidates),
-                "metrics": {} if quality is None else _metrics(quality),
+                "metrics": [] if quality is None else _metrics(quality),
                 "cost": None if value is None or before is None else round(value - before, 6),
                 "cost_ends": None
                 if None in ends or before is None
@@ -131,15 +131,15 @@ def _common_cost(evaluations: Sequence[EvaluationDocument]) -> str | None:
     return next((c for c in COSTS if evaluations and all(e.metrics.get(c) is not None for e in evaluations)), None)
 
 
-def _metrics(evaluation: EvaluationDocument) -> dict[str, str]:
-    """The metrics in words, with their intervals."""
-    told = {}
+def _metrics(evaluation: EvaluationDocument) -> list[tuple[str, str]]:
+    """Names of the metrics, and their values with intervals in words."""
+    told = []
     for name, value in evaluation.metrics.items():
         if name.endswith(("-low", "-high")) or value is None:
             continue
         low, high = (evaluation.metrics.get(f"{name}-{end}") for end in ("low", "high"))
         ends = "" if low is None or high is None else f" ({low:.4g} to {high:.4g})"
-        told[name] = f"{value:.4g}{ends}"
+        told.append((name, f"{value:.4g}{ends}"))
     return told
 
 

@@ -27,7 +27,8 @@ def unit_map(story: Story, album: Album) -> dict[str, Any] | None:
     if not segments or "unitmem" in stats.undefined:
         return None
     unitmem = stats.unitmem().numpy()[:, segments]
-    colours = [{"name": "UnitMem", "low": 0.0, "high": 1.0, "cells": _cells(unitmem, 0.0, 1.0)}]
+    low, high = float(unitmem.min()), float(unitmem.max())
+    colours = [{"name": "UnitMem", "low": low, "high": high, "cells": _cells(unitmem, low, high)}]
     gap = None if story.gap is None else story.gap.value.numpy()[:, segments]
     if gap is not None:
         bound = float(np.abs(gap).max()) or 1.0

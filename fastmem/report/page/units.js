@@ -61,7 +61,7 @@ function startUnits() {
         {
           type: 'scatter', mode: 'markers', x: shown.map((i) => where[opened.layer[i]][opened.unit[i]]), y: shown.map((i) => opened.layer[i]),
           customdata: shown, text: shown.map(told), hovertemplate: '%{text}<extra></extra>', showlegend: false,
-          marker: {symbol: 'circle-open', size: 7, line: {width: 1.4}, color: shown.map(dot)},
+          marker: {symbol: 'circle-open', size: 5.5, line: {width: 1.2}, color: shown.map(dot)},
         },
         {
           type: 'scatter', mode: 'markers', x: [x], y: [layer], hoverinfo: 'skip', showlegend: false,
@@ -71,7 +71,7 @@ function startUnits() {
       layout: {
         xaxis: {title: state.order === 'score' ? `units, by ${name} in this block` : 'unit', showgrid: false, zeroline: false, range: [-0.5, map.units - 0.5]},
         yaxis: {title: 'block', showgrid: false, zeroline: false, range: [map.layers - 0.5, -0.5], dtick: map.layers > 16 ? undefined : 1},
-        margin: {l: 50, r: 10, t: 10, b: narrow() ? 90 : 46},
+        margin: {l: 50, r: 10, t: 10, b: narrow() ? 90 : 56},
       },
     };
   }
@@ -143,11 +143,11 @@ function startUnits() {
     const train = classMeans('train', i).sort((a, b) => b[1] - a[1]);
     const rank = new Map(train.map(([label], x) => [label, x]));
     const trace = (rows, name, more) => ({x: rows.map(([label]) => rank.get(label)), y: rows.map((row) => row[1]), name,
-      text: rows.map(([label, , images]) => `${forPlotly(album.classes[label])}, ${images} images`), hovertemplate: '%{text}: %{y:.4g}<extra></extra>', ...more});
+      text: rows.map(([label, , images]) => `${forPlotly(album.classes[label])}, ${images} images`), textposition: 'none', hovertemplate: '%{text}: %{y:.4g}<extra></extra>', ...more});
     const traces = [trace(train, 'training', {type: 'bar', marker: {color: colour('train')}})];
     if (opened.classes.heldout) {
       const others = classMeans('heldout', i).filter(([label]) => rank.has(label));
-      traces.push(trace(others, 'held-out', {type: 'scatter', mode: 'markers', marker: {color: colour('heldout'), size: 7, symbol: 'diamond'}}));
+      traces.push(trace(others, 'held-out', {type: 'scatter', mode: 'markers', textposition: 'top center', marker: {color: colour('heldout'), size: 7, symbol: 'diamond'}}));
     }
     const few = train.length <= 24 && !narrow();
     const short = (label) => { const name = album.classes[label]; return forPlotly(name.length > 14 ? `${name.slice(0, 13)}\u2026` : name); };
