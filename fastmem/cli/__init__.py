@@ -28,7 +28,7 @@ COMMANDS = {
     "evaluate": ("fastmem.cli.evaluate", "Measures image quality of a scored model, with or without an edit."),
     "sweep": ("fastmem.cli.sweep", "Measures edits of many sizes and selections beside their controls."),
     "report": ("fastmem.cli.report", "Writes one HTML page of everything that a run has found."),
-    "demo": ("fastmem.cli.demo", "Scores an embedded model on the embedded images."),
+    "demo": ("fastmem.cli.demo", "Goes through a whole study of an embedded model, to its page."),
     "doctor": ("fastmem.cli.doctor", "Says what this machine offers, which backend will run, and what is missing."),
 }
 INTERRUPTED = 130

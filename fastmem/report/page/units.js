@@ -56,7 +56,7 @@ function startUnits() {
           type: 'heatmap', z, customdata: placed, zmin: low, zmax: high, zsmooth: false,
           colorscale: low < 0 ? 'RdBu' : 'Viridis', reversescale: low < 0,
           hovertemplate: `block %{y}, unit %{customdata}<br>${name} %{z:.2f}<extra></extra>`,
-          colorbar: {title: {text: name, side: narrow() ? 'top' : 'right'}, thickness: 12, outlinewidth: 0, ...(narrow() ? {orientation: 'h', y: -0.32, len: 0.9} : {})},
+          colorbar: {title: {text: narrow() ? '' : name, side: 'right'}, thickness: 12, outlinewidth: 0, ...(narrow() ? {orientation: 'h', y: -0.12, yanchor: 'top', len: 1, thickness: 9} : {})},
         },
         {
           type: 'scatter', mode: 'markers', x: shown.map((i) => where[opened.layer[i]][opened.unit[i]]), y: shown.map((i) => opened.layer[i]),
@@ -69,9 +69,9 @@ function startUnits() {
         },
       ],
       layout: {
-        xaxis: {title: state.order === 'score' ? `units, by ${name} in this block` : 'unit', showgrid: false, zeroline: false, range: [-0.5, map.units - 0.5]},
+        xaxis: {title: narrow() ? '' : state.order === 'score' ? `units, by ${name} in this block` : 'unit', showgrid: false, zeroline: false, range: [-0.5, map.units - 0.5]},
         yaxis: {title: 'block', showgrid: false, zeroline: false, range: [map.layers - 0.5, -0.5], dtick: map.layers > 16 ? undefined : 1},
-        margin: {l: 50, r: 10, t: 10, b: narrow() ? 90 : 56},
+        margin: {l: 50, r: 10, t: 10, b: narrow() ? 66 : 56},
       },
     };
   }
@@ -147,7 +147,7 @@ function startUnits() {
     const traces = [trace(train, 'training', {type: 'bar', marker: {color: colour('train')}})];
     if (opened.classes.heldout) {
       const others = classMeans('heldout', i).filter(([label]) => rank.has(label));
-      traces.push(trace(others, 'held-out', {type: 'scatter', mode: 'markers', textposition: 'top center', marker: {color: colour('heldout'), size: 7, symbol: 'diamond'}}));
+      traces.push(trace(others, 'held-out', {type: 'scatter', mode: 'markers', marker: {color: colour('heldout'), size: 7, symbol: 'diamond'}}));
     }
     const few = train.length <= 24 && !narrow();
     const short = (label) => { const name = album.classes[label]; return forPlotly(name.length > 14 ? `${name.slice(0, 13)}\u2026` : name); };
