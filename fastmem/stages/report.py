@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from fastmem.errors import UsageError
+from fastmem.errors import InputFileError, UsageError
 from fastmem.files import read_json
 from fastmem.mitigation.edit_file import EditPlan
 from fastmem.ranking.gap import Gap, gap
@@ -112,7 +112,12 @@ def _read(path: Path, schema: str, kind: type[Document], owner: Mapping[str, Any
 
 def _extraction(run: OpenedRun, path: Path) -> FinishedExtraction:
     document = _read(path / "result.json", extract.SCHEMA, ExtractionDocument, {"run_id": run.id})
-    # in the order of the document's prefixes
+    keys = [str(prefix) for prefix in document.prefixes]
+    if not keys or any(set(counted) != set(keys) for counted in document.by_prefix):
+        raise InputFileError(
+            f"expected counts for the prefixes {', '.join(keys) or '(at least one)'} in {path / 'result.json'}, got "
+            "others: extract again"
+        )
     counts = {prefix: document.extracted[str(prefix)] for prefix in document.prefixes}
     verdicts = read_verdicts(path / "verdicts.parquet", counts, document.threshold, run.manifests)
     kept = path / COMPLETIONS

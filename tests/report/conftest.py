@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -11,7 +10,7 @@ from PIL import Image
 import fastmem
 from fastmem.report.page.story import Story
 from fastmem.stages.report import read_story
-from tests.conftest import FakeEmbedder, exit_code, random_images
+from tests.conftest import FakeEmbedder, make_toy_model, random_images
 
 # together with the names of their files the second ends a script, and the third acts on a picture that fails
 CLASSES = ("plain", "x<", "<img src=x onerror=window.hacked=1>")
@@ -35,22 +34,25 @@ def hostile_run(tmp_path_factory: pytest.TempPathFactory) -> HostileRun:
     folder = tmp_path_factory.mktemp("hostile")
     names = []
     for seed, split in enumerate(("train", "heldout")):
-        for i, pixels in enumerate(random_images(12, 64, seed)):
+        for i, pixels in enumerate(random_images(12, 16, seed)):
             place = folder / split / CLASSES[i % 3]
             place.mkdir(parents=True, exist_ok=True)
             name = f"{FILES[i // 3]}{'' if split == 'train' else 'held'}.png"
             Image.fromarray(pixels).save(place / name)
             names.append(f"{CLASSES[i % 3]}/{name}")
-    options = ("--model", "rar-tiny", "--views", "center", "--no-class-check", "--per-image", "--out", folder / "run")
-    assert exit_code("score", *options, "--data", folder / "train", "--heldout", folder / "heldout") == 0
+    model = make_toy_model()
+    train, heldout = (fastmem.FolderSource(folder / split) for split in ("train", "heldout"))
+    fastmem.score(
+        model, train, heldout=heldout, views=2, check_classes=False, per_image=True, pictures=False, out=folder / "run"
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("fastmem.stages.options.find_embedder", lambda *a, **k: (FakeEmbedder(), "a fake SSCD model"))
-        run = fastmem.open_run(folder / "run", device="cpu")
-        index = fastmem.index(run.sources["train"])
+        run = fastmem.open_run(folder / "run", model=model)
+        index = fastmem.index(train)
         fastmem.mitigate(run, top=0.05, name="halved")
         fastmem.mitigate(run, top=0.05, by="random", name="drawn")
         for edit in (None, "halved", "drawn"):
-            fastmem.extract(run, edit, index, [0, 63], top_per_class=3)
+            fastmem.extract(run, edit, index, [0, 3], top_per_class=3)
             fastmem.evaluate(run, edit, samples=6)
         fastmem.sweep(
             run,

@@ -96,7 +96,7 @@ def test_a_click_on_the_map_opens_a_unit(opened, file):
     before = page.text("#unit-panel h3")
     area = page.page.locator("#unit-map .nsewdrag").bounding_box()
     # the first row's highest unit
-    page.page.mouse.click(area["x"] + 1, area["y"] + area["height"] / 16)
+    page.page.mouse.click(area["x"] + 1, area["y"] + area["height"] / 4)
     page.page.wait_for_function("before => document.querySelector('#unit-panel h3').innerText !== before", arg=before)
     assert page.text("#unit-panel h3").startswith("Block 0, unit ")
     assert page.text("#unit-status").startswith("block 0, unit ")
@@ -163,7 +163,9 @@ def test_the_gallery_filters_by_class_prefix_set_and_verdict(opened, file):
     assert page.count("#gallery-cards article") == 9
     page.page.locator("#gallery-class").select_option(label=CLASSES[1])
     assert page.count("#gallery-cards article") == 3
-    assert all(name.startswith("x</") for name in page.page.locator("#gallery-cards h3 span:first-child").all_inner_texts())
+    assert all(
+        name.startswith("x</") for name in page.page.locator("#gallery-cards h3 span:first-child").all_inner_texts()
+    )
     page.page.locator("#gallery-class").select_option("")
     page.page.locator("#gallery-set").select_option("heldout")
     assert page.count("#gallery-cards article") == 9
@@ -178,9 +180,12 @@ def test_the_gallery_filters_by_class_prefix_set_and_verdict(opened, file):
     # the longest prefix alone has pictures of completions
     assert page.count("#gallery-cards article:first-child img") == 4
     page.page.locator("#gallery-prefix").select_option("0")
-    assert "kept of 63 tokens" in page.text("#gallery-cards article:first-child")
+    assert "kept of 3 tokens" in page.text("#gallery-cards article:first-child")
     page.page.locator("#gallery-extraction").select_option(label="edit halved")
-    assert page.page.locator("#gallery-verdict option").all_inner_texts()[-2:] == ["stopped by the edit", "new with the edit"]
+    assert page.page.locator("#gallery-verdict option").all_inner_texts()[-2:] == [
+        "stopped by the edit",
+        "new with the edit",
+    ]
 
 
 def test_the_table_of_risk_sorts_in_both_directions_and_finds_names(opened, file):
@@ -239,9 +244,11 @@ def test_a_page_without_images_has_none(opened, hostile_run, tmp_path):
     assert "data:image/webp" not in (tmp_path / "page.html").read_text().split('id="data"')[1][:200_000]
 
 
-def test_parts_whose_stage_has_not_run_name_the_command(opened, tiny_run, tmp_path):
-    page = opened(fastmem.report(fastmem.open_run(tiny_run, device="cpu"), tmp_path / "page.html"))
+def test_parts_whose_stage_has_not_run_name_the_command(opened, toy_model, toy_source, tmp_path):
+    fastmem.score(toy_model, toy_source, views=1, check_classes=False, pictures=False, out=tmp_path / "run")
+    run = fastmem.open_run(tmp_path / "run", model=toy_model, data=toy_source)
+    page = opened(fastmem.report(run))
     told = page.page.locator(".missing code").all_inner_texts()
     for stage in ("extract", "mitigate", "sweep"):
-        assert f"fastmem {stage} --run {tiny_run}" in told
+        assert f"fastmem {stage} --run {run.path}" in told
     assert page.count("#unit-map .heatmaplayer image") == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from fastmem.extraction.association import Association
@@ -135,6 +136,19 @@ class ExtractionDocument:
     heldout_extracted: dict[str, int]
     associations: dict[str, Association]
     settings: ExtractSettingsDocument
+
+    @property
+    def by_prefix(self) -> tuple[Mapping[str, object], ...]:
+        """Everything that has an entry for each prefix length."""
+        return (
+            self.extracted,
+            self.extracted_original,
+            self.extracted_distinct,
+            self.false_alarm_threshold,
+            self.extracted_at_false_alarms,
+            self.matched_extracted,
+            self.heldout_extracted,
+        )
 
 
 @dataclass(frozen=True)
