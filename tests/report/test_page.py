@@ -24,6 +24,7 @@ from fastmem.report.page.album import MOST_BYTES, Album, in_bytes
 from fastmem.report.page.provenance import commands
 from fastmem.report.page.summary import findings, limits, tiles
 from fastmem.report.page.trade_off import measured_edits, sweep_chart
+from fastmem.report.page.unit_map import choose_opened
 from tests.conftest import exit_code, make_toy_model, run
 
 
@@ -73,6 +74,21 @@ def test_an_opened_unit_has_its_images_and_its_responses_by_class(data, hostile_
         np.testing.assert_allclose(shown, means[:, layer, segment, unit], atol=0.004 * by_class["largest"][i] + 1e-5)
 
 
+def test_the_highest_the_most_apart_and_random_units_can_be_opened(monkeypatch):
+    for name, count in (("TOP", 10), ("TOP_BY_GAP", 5), ("RANDOM", 6)):
+        monkeypatch.setattr(f"fastmem.report.page.unit_map.{name}", count)
+    unitmem, gap = np.random.default_rng(3).random((2, 4, 2, 20))
+    kinds = choose_opened(unitmem, gap)
+    by_kind = {kind: [pair for pair, own in kinds.items() if own == kind] for kind in ("top", "gap", "random")}
+    best = np.argsort(-unitmem.max(1).ravel())[:10]
+    assert by_kind["top"] == [divmod(int(place), 20) for place in best]
+    apart = {divmod(int(place), 20) for place in np.argsort(-gap.max(1).ravel())[:5]}
+    assert set(by_kind["gap"]) == apart - set(by_kind["top"])
+    assert len(by_kind["random"]) == 6
+    assert len(kinds) == 16 + len(by_kind["gap"])
+    assert choose_opened(unitmem, None).keys() >= set(by_kind["top"])
+
+
 def test_rows_of_risk_have_what_the_run_knows_of_each_image(data, hostile_run):
     story = hostile_run.story()
     risk, album, manifest = data["risk"], data["album"], story.manifests["train"]
@@ -82,9 +98,11 @@ def test_rows_of_risk_have_what_the_run_knows_of_each_image(data, hostile_run):
         at = where[album["names"][image]]
         assert risk["owned"][row] == story.owned[at]
         assert risk["loss"][row] == pytest.approx(float(losses.loss[at]), abs=1e-4)
-        (place,) = np.flatnonzero(verdicts.ids == manifest.ids[at])
-        assert risk["similarity"][row] == pytest.approx(float(verdicts.similarity[1, place]), abs=1e-4)
-    assert len(risk["image"]) == len(verdicts)
+        place = np.flatnonzero(verdicts.ids == manifest.ids[at])
+        expected = float(verdicts.similarity[1, place[0]]) if len(place) else None
+        assert risk["similarity"][row] == pytest.approx(expected, abs=1e-4)
+        assert expected is not None or risk["owned"][row] > 0
+    assert len(verdicts) <= len(risk["image"]) <= 12
     assert sum(risk["bars"]["owned"]) == story.owned.sum() == round(0.05 * 48)
 
 
@@ -197,47 +215,44 @@ def test_the_command_writes_the_page_and_says_where(capsys, tiny_run, tmp_path):
     assert content.count("fastmem extract --run") == 2
 
 
-REFUSED = {
-    "no run": (lambda folder: shutil.rmtree(folder), "expected the folder of a scored run"),
-    "no result": (lambda folder: (folder / "result.json").unlink(), "expected a file .*result.json"),
-    "result of another run": (lambda folder: change(folder / "result.json", run_id="0" * 16), "expected run_id"),
-    "result of another form": (lambda folder: change(folder / "result.json", reliability=3), "expected a whole"),
-    "extraction of another run": (lambda folder: change(only(folder, "extractions/unedited-*/result.json"), run_id="0"), "run_id"),
-    "extraction without a count": (lambda folder: change(only(folder, "extractions/unedited-*/result.json"), extracted={}), "prefixes"),
-    "extraction without prefixes": (lambda folder: change(only(folder, "extractions/unedited-*/result.json"), prefixes=[]), "prefixes"),
-    "other counts": (
-        lambda folder: change(only(folder, "extractions/unedited-*/result.json"), extracted={"0": 99, "3": 99}),
-        "came back, its document says",
-    ),
-    "verdicts of another extraction": (
-        lambda folder: shutil.copy(folder / "images.parquet", only(folder, "extractions/unedited-*/verdicts.parquet")),
-        "expected the verdicts of an extraction",
-    ),
-    "damaged verdicts": (lambda folder: only(folder, "extractions/halved-*/verdicts.parquet").write_bytes(b"x"), "verdicts"),
-    "damaged completions": (
-        lambda folder: only(folder, "extractions/halved-*/completions.safetensors").write_bytes(b"x"),
-        "safetensors",
-    ),
-    "evaluation of another run": (lambda folder: change(only(folder, "evaluations/halved-*.json"), run_id="0"), "run_id"),
-    "damaged evaluation": (lambda folder: only(folder, "evaluations/halved-*.json").write_text("{"), "JSON"),
-    "sweep of another run": (lambda folder: change(folder / "sweep/sweep.json", run_id="0"), "run_id"),
-    "damaged edit": (lambda folder: (folder / "edits/halved.safetensors").write_bytes(b"x"), "safetensors"),
-}  # fmt: skip
+RESULT, VERDICTS = "extractions/unedited-*/result.json", "extractions/unedited-*/verdicts.parquet"
+COMPLETIONS, EVALUATION = "extractions/halved-*/completions.safetensors", "evaluations/halved-*.json"
+SWEEP, EDIT = "sweep/sweep.json", "edits/halved.safetensors"
+# what is changed, how, and what the sentence has
+REFUSED: dict[str, tuple[str, Any, str]] = {
+    "result of another run": ("result.json", {"run_id": "0" * 16}, "expected run_id"),
+    "result of another form": ("result.json", {"reliability": 3}, "expected a whole"),
+    "no result": ("result.json", None, "expected a file .*result.json"),
+    "extraction of another run": (RESULT, {"run_id": "0"}, "expected run_id"),
+    "extraction without a count": (RESULT, {"extracted": {}}, "expected counts for the prefixes 0, 3"),
+    "extraction without prefixes": (RESULT, {"prefixes": []}, "expected counts for the prefixes"),
+    "other counts": (RESULT, {"extracted": {"0": 99, "3": 99}}, "came back, its document says"),
+    "verdicts of other images": (VERDICTS, "images.parquet", "expected the verdicts of an extraction"),
+    "damaged verdicts": (VERDICTS, b"x", "expected the verdicts of an extraction"),
+    "no verdicts": (VERDICTS, None, "expected the verdicts of an extraction"),
+    "damaged completions": (COMPLETIONS, b"x", "expected a whole safetensors file"),
+    "evaluation of another run": (EVALUATION, {"run_id": "0"}, "expected run_id"),
+    "damaged evaluation": (EVALUATION, b"{", "expected a JSON document"),
+    "sweep of another run": (SWEEP, {"run_id": "0"}, "expected run_id"),
+    "damaged edit": (EDIT, b"x", "expected a whole safetensors file"),
+}
 
 
-def change(path: Path, **entries: Any) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+def damage(folder: Path, pattern: str, how: Any) -> None:
+    """Remove a file, write other bytes or another file's, or change entries of a document."""
+    (file,) = folder.glob(pattern)
+    if how is None:
+        file.unlink()
+    elif isinstance(how, dict):
+        file.write_text(json.dumps(json.loads(file.read_text()) | how))
+    else:
+        file.write_bytes(how if isinstance(how, bytes) else (folder / how).read_bytes())
 
 
-def only(folder: Path, pattern: str) -> Path:
-    (found,) = folder.glob(pattern)
-    return found
-
-
-@pytest.mark.parametrize(("damage", "sentence"), REFUSED.values(), ids=REFUSED)
-def test_a_damaged_or_foreign_file_is_refused_in_one_sentence(hostile_run, tmp_path, damage, sentence):
+@pytest.mark.parametrize(("pattern", "how", "sentence"), REFUSED.values(), ids=REFUSED)
+def test_a_damaged_or_foreign_file_is_refused_in_one_sentence(hostile_run, tmp_path, pattern, how, sentence):
     folder = shutil.copytree(hostile_run.run.path, tmp_path / "run")
-    damage(folder)
+    damage(folder, pattern, how)
     with pytest.raises(InputFileError, match=sentence):
         fastmem.report(fastmem.open_run(folder, model=hostile_run.run.model))
     assert not (folder / "report.html").exists()
@@ -245,8 +260,8 @@ def test_a_damaged_or_foreign_file_is_refused_in_one_sentence(hostile_run, tmp_p
 
 def test_an_extraction_that_kept_no_completions_or_is_not_finished_leaves_them_out(hostile_run, tmp_path):
     folder = shutil.copytree(hostile_run.run.path, tmp_path / "run")
-    only(folder, "extractions/unedited-*/completions.safetensors").unlink()
-    only(folder, "extractions/drawn-*/result.json").unlink()
+    damage(folder, "extractions/unedited-*/completions.safetensors", None)
+    damage(folder, "extractions/drawn-*/result.json", None)
     opened, notes = fastmem.open_run(folder, model=hostile_run.run.model), []
     page = fastmem.report(opened, reporter=fastmem.Reporter(note=notes.append))
     assert "drawn-" in notes[0]

@@ -35,6 +35,10 @@ class Opened:
     def text(self, selector: str) -> str:
         return self.page.locator(selector).inner_text()
 
+    def drawn(self, selector: str) -> str:
+        """The text of a part of a chart."""
+        return self.page.locator(selector).text_content()
+
     def count(self, selector: str) -> int:
         return self.page.locator(selector).count()
 
@@ -85,7 +89,7 @@ def test_every_part_has_its_charts(opened, file):
     assert page.count("#unit-map .heatmaplayer image") == 1
     assert page.count(".tile") == 4
     # bands of random units, and marks of the Pareto front and of the run's own edit
-    legend = page.text("#sweep-chart .legend")
+    legend = page.drawn("#sweep-chart .legend")
     assert "random, x0.5: all seeds" in legend
     assert "not beaten in both" in legend
     assert "kept in this run" in legend
@@ -94,9 +98,10 @@ def test_every_part_has_its_charts(opened, file):
 def test_a_click_on_the_map_opens_a_unit(opened, file):
     page = opened(file)
     before = page.text("#unit-panel h3")
+    page.page.locator("#unit-map").scroll_into_view_if_needed()
     area = page.page.locator("#unit-map .nsewdrag").bounding_box()
-    # the first row's highest unit
-    page.page.mouse.click(area["x"] + 1, area["y"] + area["height"] / 4)
+    # another unit of the first of two blocks
+    page.page.mouse.click(area["x"] + area["width"] / 3, area["y"] + area["height"] / 4)
     page.page.wait_for_function("before => document.querySelector('#unit-panel h3').innerText !== before", arg=before)
     assert page.text("#unit-panel h3").startswith("Block 0, unit ")
     assert page.text("#unit-status").startswith("block 0, unit ")
@@ -124,10 +129,10 @@ def test_the_colour_the_order_and_the_positions_of_the_map_change(opened, file):
     page = opened(file)
     for name, value, title in (("order", "number", "unit"), ("segment", "2", "unit"), ("colour", "1", "unit")):
         page.page.locator(f"#unit-{name}").select_option(value)
-        assert page.text("#unit-map .xtitle") == title
-    assert page.text("#unit-map .cbtitle") == "gap"
-    page.page.locator("#unit-kind").select_option("random")
-    assert page.text("#unit-list li:first-child")
+        assert page.drawn("#unit-map .xtitle") == title
+    assert page.drawn("#unit-map .cbtitle") == "gap"
+    page.page.locator("#unit-rings").uncheck()
+    assert page.count("#unit-map .scatterlayer .point") == 1
 
 
 def extracted(page: Opened) -> tuple[int, int]:

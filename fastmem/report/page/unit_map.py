@@ -34,7 +34,7 @@ def unit_map(story: Story, album: Album) -> dict[str, Any] | None:
         bound = float(np.abs(gap).max()) or 1.0
         colours.append({"name": "gap", "low": -bound, "high": bound, "cells": _cells(gap, -bound, bound)})
     layers, _, units = stats.shape
-    kinds = _choose(unitmem, gap)
+    kinds = choose_opened(unitmem, gap)
     return {
         "layers": layers,
         "units": units,
@@ -49,8 +49,11 @@ def _cells(values: np.ndarray, low: float, high: float) -> list[str]:
     return [in_bytes(part, low, high) for part in (values.max(1), *values.transpose(1, 0, 2))]
 
 
-def _choose(unitmem: np.ndarray, gap: np.ndarray | None) -> dict[tuple[int, int], str]:
-    """Units that can be opened, with why, best first."""
+def choose_opened(unitmem: np.ndarray, gap: np.ndarray | None) -> dict[tuple[int, int], str]:
+    """Layer and position of the units that can be opened, with the reason: "top", "gap" or "random".
+
+    ``unitmem`` and ``gap`` are scores, float [layers,segments,units]; without held-out images there is no gap.
+    """
     best = torch.from_numpy(unitmem.max(1))
     layers, units = best.shape
     kinds = dict.fromkeys(_pairs(best, TOP), "top")
