@@ -19,6 +19,7 @@ from PIL import Image
 import fastmem
 from fastmem import InputFileError, UsageError
 from fastmem.cli import cli
+from fastmem.demo.lessons import lessons
 from fastmem.extraction.verdicts import Count
 from fastmem.report.page.album import MOST_BYTES, Album, in_bytes
 from fastmem.report.page.provenance import commands
@@ -146,6 +147,20 @@ def test_the_summary_has_each_count_with_interval_and_control(hostile_run):
     said = " ".join(limits(story))
     assert "not released weights" in said
     assert "no held-out images" not in said
+
+
+def test_five_sentences_tell_what_was_learnt(hostile_run):
+    story = hostile_run.story()
+    d = story.main.document
+    told = lessons(story, 4)
+    assert [line[:2] for line in told] == ["1.", "2.", "3.", "4.", "5."]
+    assert str(Count(d.extracted["3"], d.candidates)) in told[0]
+    assert f"AUC {story.score.membership['loss'].auc:.2f}" in told[1]
+    assert f"{story.score.gap.called} of 96 units stand out" in told[2]
+    under = {e.document.edit: e.document.extracted["3"] for e in story.extractions}
+    assert f"the top 4.17 % of the units by unitmem leaves {under['halved']} of {d.candidates}" in told[3]
+    assert f"random 4.17 % of the units leaves {under['drawn']} of {d.candidates}" in told[3]
+    assert "kd-sscd by " in told[4]
 
 
 def test_edits_stand_beside_their_controls(hostile_run):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 import fastmem
+from tests.conftest import run
 from tests.report.conftest import CLASSES
 
 # named where a missing browser is to be a failure, as in continuous integration
@@ -257,3 +259,55 @@ def test_parts_whose_stage_has_not_run_name_the_command(opened, toy_model, toy_s
     for stage in ("extract", "mitigate", "sweep"):
         assert f"fastmem {stage} --run {run.path}" in told
     assert page.count("#unit-map .heatmaplayer image") == 1
+
+
+def test_5000_candidates_can_be_used(opened, file, tmp_path):
+    text = file.read_text()
+    start = text.index('id="data">') + len('id="data">')
+    stop = text.index("</script>", start)
+    document = json.loads(text[start:stop])
+    extraction = document["extractions"][0]
+    wanted, before = 5000, extraction["heldout"]
+    places = [i % before for i in range(wanted)] + [before + i % before for i in range(wanted)]
+    extraction["heldout"] = wanted
+    for name in ("image", "candidate", "ceiling", "rebuilt", "made"):
+        extraction[name] = [extraction[name][i] for i in places]
+    for name in ("similarity", "match", "original", "nearest", "nearest_similarity"):
+        extraction[name] = [[row[i] for i in places] for row in extraction[name]]
+    for name in ("image", "owned", "hits", "loss", "similarity", "candidate"):
+        rows = document["risk"][name]
+        document["risk"][name] = [rows[i % len(rows)] for i in range(wanted)]
+    written = json.dumps(document).replace("<", "\\u003c").replace(">", "\\u003e")
+    (tmp_path / "page.html").write_text(text[:start] + written + text[stop:])
+    page = opened(tmp_path / "page.html")
+    assert extracted(page)[1] == 5000
+    seconds = page.page.evaluate(
+        """() => { const start = performance.now(), slider = document.getElementById('gallery-threshold');
+        for (const value of [0.2, 0.4, 0.6, 0.8]) { slider.value = value; slider.dispatchEvent(new Event('input')); }
+        document.querySelector('#risk-table thead button').click();
+        return (performance.now() - start) / 1000; }"""
+    )
+    # a bound for the slowest of machines; the lists are drawn in parts
+    assert seconds < 5
+    assert page.count("#gallery-cards article") == 24
+    assert page.count("#risk-table tbody tr") == 25
+    assert page.count("*") < 20_000
+
+
+@pytest.mark.heavy
+def test_the_demo_ends_with_five_lines_and_a_small_page(opened, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("FASTMEM_HOME", str(tmp_path / "home"))
+    code, out, err = run(capsys, "demo", "--out", tmp_path / "run")
+    assert code == 0, err
+    lines = out.strip().splitlines()
+    assert [line[:2] for line in lines[2:7]] == ["1.", "2.", "3.", "4.", "5."]
+    file = tmp_path / "run" / "report.html"
+    assert lines[-1] == f"Open in a browser: {file}"
+    assert file.stat().st_size < 10e6
+    page = opened(file)
+    for name in ("unit-map", "owned-chart", "similarity-chart", "edits-chart"):
+        assert page.count(f"#{name} .main-svg") > 0, name
+    assert page.text("#gallery-train-count") in lines[2]
+    assert page.count("#gallery-cards article") == 24
+    page.page.locator("#cards-pager button", has_text="next").click()
+    assert page.text("#cards-pager span").startswith("25 to 48")

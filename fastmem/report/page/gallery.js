@@ -23,7 +23,7 @@ function startGallery() {
     const labels = [...new Set(own.image.map((image) => album.labels[image]))].sort((a, b) => a - b);
     options(byClass, [['', 'all classes'], ...labels.map((value) => [value, album.classes[value]])], '');
     options(verdict, [['', 'all'], ['yes', 'extracted'], ['no', 'not extracted'], ...(state.before ? [['stopped', 'stopped by the edit'], ['new', 'new with the edit']] : [])], '');
-    slider.min = Math.min(0, Math.floor(20 * Math.min(...own.similarity.flat().filter((v) => v !== null))) / 20);
+    slider.min = Math.floor(20 * own.similarity.flat().reduce((least, value) => Math.min(least, value ?? 0), 0)) / 20;
     input('reset').textContent = `back to ${own.threshold}`;
     state.threshold = own.threshold;
     slider.value = own.threshold;
