@@ -26,7 +26,7 @@ from fastmem.report.page.provenance import commands
 from fastmem.report.page.summary import findings, limits, tiles
 from fastmem.report.page.trade_off import measured_edits, sweep_chart
 from fastmem.report.page.unit_map import choose_opened
-from tests.conftest import exit_code, make_toy_model, run
+from tests.conftest import exit_code, make_toy_model, random_images, run
 
 
 @pytest.fixture(scope="module")
@@ -296,6 +296,16 @@ def test_a_run_with_little_in_it_has_a_page(scores, toy_source, tmp_path):
     text = fastmem.report(opened).read_text()
     assert ('"units":null' in text) == (scores == "one image")
     assert "There are no held-out images" in text
+
+
+def test_scales_that_see_the_class_alone_are_not_on_the_map(small_var, tmp_path):
+    source = fastmem.ArraySource(random_images(6, 64), [0, 0, 1, 1, 2, 2])
+    fastmem.score(small_var, source, views=1, check_classes=False, pictures=False, out=tmp_path / "run")
+    text = fastmem.report(fastmem.open_run(tmp_path / "run", model=small_var, data=source)).read_text()
+    map_ = json.loads(re.search(r'id="data">(.*?)</script>', text, re.DOTALL)[1])["units"]
+    assert map_["segments"] == ["scale2", "scale3", "scale4"]
+    assert [len(colour["cells"]) for colour in map_["colours"]] == [4]
+    assert {len(base64.b64decode(cells)) for cells in map_["colours"][0]["cells"]} == {2 * 512}
 
 
 def test_wrong_options_are_refused(hostile_run, tmp_path):

@@ -83,7 +83,7 @@ def _beside_control(story: Story, extraction: FinishedExtraction) -> str:
 
 def findings(story: Story) -> list[Finding]:
     """Everything that was measured of the run as a whole."""
-    return [*_of_units(story), *_of_losses(story), *_of_extractions(story)]
+    return [*_of_extractions(story), *_of_losses(story), *_of_units(story)]
 
 
 def _of_units(story: Story) -> Iterator[Finding]:

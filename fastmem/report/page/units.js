@@ -27,6 +27,9 @@ function startUnits() {
     return cells.get(key);
   }
 
+  // few units are far below the others, and would take the colours
+  const floor = (all) => all.slice().sort()[Math.floor(all.length / 100)];
+
   // the unit at each place of each block
   function order() {
     const key = state.order === 'number' ? 'number' : `${state.colour} ${state.segment}`;
@@ -53,7 +56,7 @@ function startUnits() {
     return {
       traces: [
         {
-          type: 'heatmap', z, customdata: placed, zmin: low, zmax: high, zsmooth: false,
+          type: 'heatmap', z, customdata: placed, zmin: low < 0 ? low : floor(all), zmax: high, zsmooth: false,
           colorscale: low < 0 ? 'RdBu' : 'Viridis', reversescale: low < 0,
           hovertemplate: `block %{y}, unit %{customdata}<br>${name} %{z:.2f}<extra></extra>`,
           colorbar: {title: {text: narrow() ? '' : name, side: 'right'}, thickness: 12, outlinewidth: 0, ...(narrow() ? {orientation: 'h', y: -0.12, yanchor: 'top', len: 1, thickness: 9} : {})},
