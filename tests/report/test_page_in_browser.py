@@ -138,7 +138,7 @@ def test_the_colour_the_order_and_the_positions_of_the_map_change(opened, file):
 
 
 def extracted(page: Opened) -> tuple[int, int]:
-    found = re.fullmatch(r"(\d+) of (\d+)", page.text("#gallery-train-count"))
+    found = re.fullmatch(r"(\d+) of (\d+)", page.text("#gallery-train-count").replace(",", ""))
     return int(found[1]), int(found[2])
 
 
