@@ -7,7 +7,9 @@ import math
 import os
 import stat
 import tempfile
-from collections.abc import Callable, Mapping
+import time
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,10 +20,16 @@ from fastmem.errors import InputFileError, UsageError
 
 # ending of temporary files, and how much of the file's own name theirs begins with
 PARTIAL, NAME_KEPT = ".partial", 20
+# a temporary file that nothing has written to for this long is a dead process's
+STALE_SECONDS = 3600.0
 # the file that says which process works in a folder begins with this
 OWNER_PREFIX = ".owner-"
 # a JSON document is no larger than this
 JSON_BYTES = 256 * 2**20
+# a table has no more rows than this
+TABLE_ROWS = 2**27
+# bytes of a file that are read at a time for its check sum
+CHECKED_AT_ONCE = 16 * 2**20
 
 
 def _go_on(place: str) -> None:
@@ -71,16 +79,25 @@ def _set_usual_permissions(path: Path) -> None:
         path.chmod(0o666 & ~umask)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files that killed processes left in a folder and below it; only its owner may call this.
+def remove_leftovers(folder: Path, untouched: float = 0.0) -> None:
+    """Remove the temporary files that killed processes left in a folder and below it, where they can be removed.
 
     Folders below it that have an owner of their own are left alone.
+
+    Args:
+        folder: the folder.
+        untouched: for how many seconds a file must not have been written to. Only the owner of a folder may give less
+            than ``STALE_SECONDS``, because others may be writing there.
     """
+    latest = time.time() - untouched
     for place, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not any(Path(place, name).glob(f"{OWNER_PREFIX}*"))]
         for name in names:
             if name.startswith(".") and name.endswith(PARTIAL):
-                Path(place, name).unlink(missing_ok=True)
+                # the folder may be one that can only be read
+                with suppress(OSError):
+                    if not untouched or Path(place, name).lstat().st_mtime < latest:
+                        Path(place, name).unlink()
 
 
 def write_json(path: Path, document: Mapping[str, Any]) -> None:
@@ -197,16 +214,51 @@ def write_tensors(path: Path, tensors: Mapping[str, Any], schema: str, header: M
 
     Raises: UsageError where the folder cannot be written.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    # a single entry: the library writes several in any order, and equal contents must make equal files
-    metadata = {"fastmem": json.dumps({"schema": schema, **header})}
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, lambda partial: save_file(contiguous, partial, metadata))
+    document = _finite({"schema": schema, **header})
+    # a single entry: the library writes several in any order, and equal contents must make equal files
+    metadata = {"fastmem": json.dumps({**document, "checksum": _checksum(document, contiguous)})}
+
+    def write(partial: Path) -> None:
+        try:
+            save_file(contiguous, partial, metadata)
+        except SafetensorError as error:
+            # the library has this error for a full disk
+            raise OSError(" ".join(str(error).split())) from error
+
+    write_atomically(path, write)
+
+
+def _checksum(header: Mapping[str, Any], tensors: Mapping[str, Any]) -> str:
+    """Return the CRC-32 of a header and its contiguous tensors: it finds damage, and takes a second for 2.5 GB."""
+    import torch
+
+    found = zlib.crc32(json.dumps(header).encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        found = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), found)
+        if tensor.numel():
+            found = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), found)
+    return f"{found:08x}"
+
+
+def file_checksum(path: Path) -> str:
+    """Return the CRC-32 of a file in hexadecimal. Raises: InputFileError where it cannot be read."""
+    found = 0
+    try:
+        with open(path, "rb") as file:
+            while part := file.read(CHECKED_AT_ONCE):
+                found = zlib.crc32(part, found)
+    except OSError as error:
+        raise InputFileError(f"expected a file that can be read at {path}, got {error}: check the path") from error
+    return f"{found:08x}"
 
 
 def write_table(path: Path, columns: Mapping[str, Any] | Any, metadata: Mapping[str, str] | None = None) -> None:
-    """Write a parquet file, completely or not at all.
+    """Write a parquet file with check sums of its pages, completely or not at all.
 
     ``columns`` holds the columns by name or is a pyarrow table; ``metadata`` replaces the metadata of its schema.
 
@@ -218,7 +270,47 @@ def write_table(path: Path, columns: Mapping[str, Any] | Any, metadata: Mapping[
     table = pyarrow.table(columns) if isinstance(columns, Mapping) else columns
     if metadata is not None:
         table = table.replace_schema_metadata(metadata)
-    write_atomically(path, lambda partial: parquet.write_table(table, partial))
+    write_atomically(path, lambda partial: parquet.write_table(table, partial, write_page_checksum=True))
+
+
+def read_table(
+    path: Path, what: str, columns: Mapping[str, str], owner: Mapping[str, str] | None = None, more: bool = False
+) -> Any:
+    """Return a parquet file as a pyarrow table.
+
+    Args:
+        path: the file.
+        what: what it should be, such as "a manifest", for the message.
+        columns: columns without empty places, by name with their types as arrow writes them, such as "int64".
+        owner: entries of the file's metadata that say what it belongs to; one that differs is refused.
+        more: whether other columns of the file are read as well, as they are.
+
+    Raises: InputFileError where the file is missing, is damaged, has other columns or belongs to something else.
+    """
+    import pyarrow
+    from pyarrow import parquet
+
+    if not path.is_file():
+        raise InputFileError(f"expected {what} in {path}, got no file: check the path")
+    try:
+        with parquet.ParquetFile(path, page_checksum_verification=True) as file:
+            rows, types = file.metadata.num_rows, {f.name: str(f.type) for f in file.schema_arrow}
+            wrong = [f"{name} as {types.get(name)}" for name, kind in columns.items() if types.get(name) != kind]
+            if wrong or not 0 <= rows <= TABLE_ROWS:
+                raise ValueError(", ".join(wrong) or f"{rows} rows")
+            table = file.read(columns=None if more else list(columns))
+        # strings must be text, and all columns of one length
+        table.validate(full=True)
+        empty = [name for name in columns if table[name].null_count]
+        if empty:
+            raise ValueError(f"empty places in {', '.join(empty)}")
+        metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, MemoryError, pyarrow.ArrowException) as error:
+        raise InputFileError(
+            f"expected {what} in {path}, got a file that cannot be used ({error}): make it again"
+        ) from error
+    check_owner(metadata, path, owner)
+    return table
 
 
 def read_tensors(
@@ -232,7 +324,8 @@ def read_tensors(
         shape: the type of the header, as for `read_json`.
         owner: entries of the header that say which run the file belongs to, as for `read_json`.
 
-    Raises: InputFileError where the file is missing, is damaged, has another schema or belongs to another run.
+    Raises: InputFileError where the file is missing, is damaged, has another schema or check sum, or belongs to
+    another run.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -244,7 +337,14 @@ def read_tensors(
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except (OSError, ValueError, RuntimeError, AttributeError, KeyError, SafetensorError) as error:
         raise InputFileError(f"expected a whole safetensors file in {path}, got a damaged one ({error})") from error
-    return tensors, _parse(text, path, schema, shape, owner)
+    header = _parse(text, path, schema, shape, owner)
+    # files of earlier versions have none
+    checksum = header.pop("checksum", None)
+    if checksum is not None and checksum != _checksum(header, tensors):
+        raise InputFileError(
+            f"expected a whole {schema} file in {path}, got one whose check sum is wrong: make it again"
+        )
+    return tensors, header
 
 
 def check_tensors(
@@ -276,3 +376,22 @@ def check_tensors(
             wanted = f"{dtype} [{','.join(str(sizes.get(str(size), size)) for size in shape)}]"
             raise InputFileError(f"expected a tensor {name} of {wanted} in {path}, got {got}: make the file again")
     return sizes
+
+
+def check_finite(path: Path, tensors: Mapping[str, Any], empty: Sequence[str] = ()) -> None:
+    """Check that the numbers of a file's tensors are finite.
+
+    Args:
+        path: the file, named in the message.
+        tensors: the tensors, by name.
+        empty: endings of the names of those in which -infinity stands for an empty place.
+
+    Raises: InputFileError where one holds NaN or infinity.
+    """
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.numel():
+            # NaN would be both ends
+            low, high = map(float, tensor.aminmax())
+            allowed = (-math.inf,) if name.endswith(tuple(empty)) else ()
+            if not all(math.isfinite(end) or end in allowed for end in (low, high)):
+                raise InputFileError(f"expected finite numbers in {name} of {path}, got others: make the file again")

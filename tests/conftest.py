@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +26,13 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from fastmem import ArraySource, assemble
 from fastmem.cli import main
+from fastmem.errors import FastmemError
 from fastmem.models.maskgit_vqgan import MaskGITVQGAN, MaskGITVQGANConfig
 from fastmem.models.model import Model
 from fastmem.models.rar import RAR, Modulation, RARConfig
 from fastmem.models.var import VAR, VARConfig
 from fastmem.models.vqvae import MultiScaleVQVAE, MultiScaleVQVAEConfig
+from fastmem.runs.ranks import current_ranks
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"
@@ -84,7 +88,9 @@ def int64(array: np.ndarray) -> torch.Tensor:
 def own_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Caches of the tests' runs lie apart from the user's, and so do weights that happen to be there."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FASTMEM_HOME", str(tmp_path_factory.mktemp("home")))
+        home = tmp_path_factory.mktemp("home")
+        patch.setenv("FASTMEM_HOME", str(home))
+        patch.setenv("HF_HUB_CACHE", str(home / "hub"))
         yield
 
 
@@ -197,3 +203,41 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     options = ("--model", "rar-tiny", "--views", "center", "--no-class-check", "--out", folder / "run")
     assert exit_code("score", *options, "--data", train, "--heldout", heldout) == 0
     return folder / "run"
+
+
+def run_ranks(size: int, work: Callable[[int], object]) -> list[int]:
+    """Exit codes of ``size`` processes that call ``work`` with their rank, all of one job; a killed one's is negative.
+
+    One process is no job.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+
+    def run_rank(rank: int) -> None:
+        # threads of the parent's torch do not exist here
+        torch.set_num_threads(1)
+        if size > 1:
+            os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        code = 0
+        try:
+            work(rank)
+        except FastmemError as error:
+            print(error, file=sys.stderr)
+            code = error.exit_code
+        except KeyboardInterrupt:
+            code = 130
+        joined = current_ranks()
+        if joined is not None:
+            joined.leave()
+        sys.exit(code)
+
+    processes = [multiprocessing.get_context("fork").Process(target=run_rank, args=(rank,)) for rank in range(size)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(25)
+    for process in processes:
+        process.kill()
+        process.join()
+    return [process.exitcode or 0 for process in processes]

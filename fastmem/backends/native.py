@@ -5,17 +5,18 @@ The libraries are loaded when an operator is first asked for. Where one cannot b
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import torch
 
-from fastmem.errors import UsageError
+from fastmem.errors import InputFileError, UsageError
+from fastmem.files import read_bounded
 
 FOLDER = Path(__file__).parent
-RECORD = "native_build.json"
+RECORD, RECORD_BYTES = "native_build.json", 2**20
 
 
 @dataclass(frozen=True)
@@ -208,8 +209,8 @@ def _load_library(folder: Path, part: str, recorded: dict[str, str]) -> str:
 
 
 def _read_record(folder: Path) -> dict[str, str]:
+    # without a record nothing is known of the libraries, which are looked for all the same
     try:
-        recorded = json.loads((folder / RECORD).read_text())
-    except (OSError, ValueError):
+        return msgspec.json.decode(read_bounded(folder / RECORD, RECORD_BYTES), type=dict[str, str])
+    except (InputFileError, msgspec.DecodeError, RecursionError):
         return {}
-    return recorded if isinstance(recorded, dict) else {}

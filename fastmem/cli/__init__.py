@@ -15,7 +15,7 @@ import click
 from fastmem import __version__
 from fastmem.cli.streams import on_prepared_streams
 from fastmem.errors import FastmemError
-from fastmem.runs.interruption import Stopped, stopping
+from fastmem.runs.interruption import INTERRUPTED, Stopped, stopping
 
 # name -> (module, short help)
 COMMANDS = {
@@ -31,7 +31,6 @@ COMMANDS = {
     "demo": ("fastmem.cli.demo", "Goes through a whole study of an embedded model, to its page."),
     "doctor": ("fastmem.cli.doctor", "Says what this machine offers, which backend will run, and what is missing."),
 }
-INTERRUPTED = 130
 
 
 class LazyGroup(click.Group):

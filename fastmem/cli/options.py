@@ -18,6 +18,7 @@ from fastmem.files import as_json_text
 from fastmem.index.embedding import PUBLISHED_SIZE
 from fastmem.quality.samples import BATCH
 from fastmem.reporter import Reporter, printable
+from fastmem.runs.ranks import helps_only
 from fastmem.stages.opened_run import OpenedRun, open_run
 from fastmem.stages.options import AttackOptions, SamplingOptions, SSCDOptions
 
@@ -140,21 +141,24 @@ def parse_share(text: str, name: str = "--top") -> float:
 
 
 def say(sentence: str) -> None:
-    """One line on stderr."""
+    """One line on stderr, of the leading rank alone."""
+    if helps_only():
+        return
     # hours of work do not end because a note about them cannot be shown
     with suppress(OSError):
         click.echo(printable(sentence), sys.stderr)
 
 
 def tell(*lines: object) -> None:
-    """Lines on stdout; an end of a line within one of them is part of a name, and is escaped."""
-    for line in lines:
+    """Lines on stdout, of the leading rank alone; an end of a line within one is part of a name, and is escaped."""
+    for line in () if helps_only() else lines:
         click.echo(printable(str(line)), sys.stdout)
 
 
 def print_json(document: Mapping[str, Any]) -> None:
-    """The one JSON document on stdout."""
-    click.echo(as_json_text(document))
+    """The one JSON document on stdout, of the leading rank alone."""
+    if not helps_only():
+        click.echo(as_json_text(document))
 
 
 def print_document(document: Mapping[str, Any], as_json: bool, in_words: Callable[[Mapping[str, Any]], None]) -> None:

@@ -16,6 +16,7 @@ from fastmem.data.sources import ImageSource
 from fastmem.data.views import Views
 from fastmem.data.workers import WorkersNotStarted, read_in_workers
 from fastmem.errors import InputFileError, UsageError
+from fastmem.runs.ranks import local_ranks
 
 MAX_WORKERS = 4
 # for fewer images than this, starting workers takes more time than they save
@@ -59,7 +60,7 @@ def check_readable(source: ImageSource, asked: int, kept: int, first: Skipped | 
 def load_views(
     source: ImageSource,
     manifest: Manifest,
-    batches: Iterable[np.ndarray | Sequence[int]],
+    batches: Iterable[np.ndarray | Sequence[int]] | Flow,
     recipe: Views,
     workers: int | None = None,
 ) -> Iterator[Batch]:
@@ -82,8 +83,24 @@ def load_views(
     return load(ViewReader(source, manifest, recipe), batches, workers)
 
 
+@dataclass(frozen=True, eq=False)
+class Flow:
+    """Batches that are not all known from the start.
+
+    Attributes:
+        batches: manifest positions, int64 [n], for each batch, taken a little before they are read; None where there is
+            none until the results of those before have been taken.
+        largest: images of a batch, at most.
+        images: images of all batches, about.
+    """
+
+    batches: Iterator[np.ndarray | None]
+    largest: int
+    images: int
+
+
 def load(
-    reader: ViewReader, batches: Iterable[np.ndarray | Sequence[int]], workers: int | None = None
+    reader: ViewReader, batches: Iterable[np.ndarray | Sequence[int]] | Flow, workers: int | None = None
 ) -> Iterator[Any]:
     """Yield what ``reader.read`` returns for each of the given batches of manifest positions, in their order.
 
@@ -97,7 +114,10 @@ def load(
     if workers is not None and workers < 0:
         raise UsageError(f"expected 0 or more worker processes, got {workers}; leave it out to have them chosen")
     source, manifest = reader.source, reader.manifest
-    checked = [_checked(batch, len(manifest)) for batch in batches]
+    if not isinstance(batches, Flow):
+        checked = [_checked(batch, len(manifest)) for batch in batches]
+        sizes = [len(batch) for batch in checked]
+        batches = Flow(iter(checked), max(sizes, default=0), sum(sizes))
     index = manifest.index
     inside = index.min(initial=0) >= 0 and index.max(initial=0) < len(source)
     if not inside or not np.array_equal(source.ids[index], manifest.ids):
@@ -105,7 +125,7 @@ def load(
             f"expected a manifest of {source.description}, got one of other images or loaded without them; "
             "build it from this source or load it with this source"
         )
-    return _iterate(reader, checked, workers)
+    return _iterate(reader, batches, workers)
 
 
 class ViewReader:
@@ -142,18 +162,18 @@ class ViewReader:
         return Batch(np.array(kept, dtype=np.int64), views[: len(kept)], skipped)
 
 
-def _iterate(reader: ViewReader, batches: list[np.ndarray], asked: int | None) -> Iterator[Any]:
-    workers = _default_workers(batches) if asked is None else asked
+def _iterate(reader: ViewReader, flow: Flow, asked: int | None) -> Iterator[Any]:
+    workers = _default_workers(flow.images) if asked is None else asked
     if workers:
-        batch_bytes = max(map(len, batches), default=0) * reader.recipe.count * reader.recipe.size**2 * 3
+        batch_bytes = flow.largest * reader.recipe.count * reader.recipe.size**2 * 3
         try:
-            yield from read_in_workers(reader.read, batches, workers, batch_bytes)
+            yield from read_in_workers(reader.read, flow.batches, workers, batch_bytes)
             return
         except WorkersNotStarted:
             # the result is the same without workers that nobody asked for
             if asked is not None:
                 raise
-    yield from map(reader.read, batches)
+    yield from (reader.read(batch) for batch in flow.batches if batch is not None)
 
 
 def _checked(batch: np.ndarray | Sequence[int], count: int) -> np.ndarray:
@@ -168,8 +188,8 @@ def _checked(batch: np.ndarray | Sequence[int], count: int) -> np.ndarray:
     return positions.astype(np.int64)
 
 
-def _default_workers(batches: list[np.ndarray]) -> int:
-    if sum(map(len, batches)) < FEW_IMAGES:
+def _default_workers(images: int) -> int:
+    if images < FEW_IMAGES:
         return 0
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(MAX_WORKERS, cores - 1)
+    return min(MAX_WORKERS, max(cores // local_ranks(), 1) - 1)

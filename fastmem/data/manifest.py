@@ -5,19 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
 from fastmem.data.sources import ImageSource
 from fastmem.errors import InputFileError, UsageError
-from fastmem.files import write_table
+from fastmem.files import read_table, write_table
 
 # disjoint parts of equal size, from which intervals and the reliability of rankings are computed
 FOLDS = 4
 _SCHEMA = "fastmem-manifest-1"
+_COLUMNS = {"id": "int64", "label": "int64", "name": "string", "fold": "int8"}
 # stands for the position of an image in a source that was not given
 _WITHOUT_SOURCE = -1
 
@@ -152,7 +156,7 @@ class Manifest:
             "name": pyarrow.array(self.names.tolist(), pyarrow.string()),
             "fold": pyarrow.array(self.fold),
         }
-        metadata = {"schema": _SCHEMA, "hash": self.hash, "classes": json.dumps(self.classes)}
+        metadata = {"schema": _SCHEMA, "hash": self.hash, "classes": json.dumps(self.classes), "words": self._words()}
         write_table(Path(path), columns, {f"fastmem.{key}": value for key, value in metadata.items()})
 
     @classmethod
@@ -163,28 +167,44 @@ class Manifest:
             InputFileError: the file is missing, damaged, or not a manifest.
             UsageError: the source lacks an image of the manifest, or has it under another label.
         """
-        import pyarrow
-        from pyarrow import parquet
-
+        path = Path(path)
+        table = read_table(
+            path, f"a manifest ({_SCHEMA})", {"id": "int64", "label": "int64", "name": "string", "fold": "int8"}
+        )
+        metadata = table.schema.metadata or {}
         try:
-            table = parquet.read_table(path, columns=["id", "label", "name", "fold"], partitioning=None)
-            metadata = table.schema.metadata or {}
-            schema, saved_hash, classes = (metadata[f"fastmem.{key}".encode()] for key in ("schema", "hash", "classes"))
+            found = {key: metadata[f"fastmem.{key}".encode()].decode() for key in ("schema", "hash", "classes")}
             manifest = cls(
                 ids=table["id"].to_numpy(),
                 labels=table["label"].to_numpy(),
                 index=np.full(len(table), _WITHOUT_SOURCE),
                 fold=table["fold"].to_numpy(),
                 names=np.array(table["name"].to_pylist(), dtype=np.dtypes.StringDType()),
-                classes=tuple(json.loads(classes)),
+                classes=msgspec.json.decode(found["classes"], type=tuple[str, ...]),
             )
-            if schema.decode() != _SCHEMA or saved_hash.decode() != manifest.hash:
-                raise ValueError(f"schema {schema.decode()}, hash {saved_hash.decode()}, contents {manifest.hash}")
-        except (OSError, KeyError, ValueError, TypeError, pyarrow.ArrowException) as error:
+            manifest._check(found, metadata.get(b"fastmem.words"))
+        except (KeyError, ValueError, RecursionError, msgspec.MsgspecError) as error:
             raise InputFileError(
-                f"expected a manifest ({_SCHEMA}) at {path}, got one that cannot be used ({error}); make it again"
+                f"expected a manifest ({_SCHEMA}) in {path}, got one that cannot be used ({error}): make it again"
             ) from error
         return manifest if source is None else manifest.found_in(source)
+
+    def _words(self) -> str:
+        """CRC-32 of all names and classes, which the hash leaves out, in hexadecimal."""
+        return f"{zlib.crc32(json.dumps([self.classes, self.names.tolist()]).encode()):08x}"
+
+    def _check(self, saved: Mapping[str, str], words: bytes | None) -> None:
+        """Check what was read against what was saved. Raises: ValueError where it does not fit."""
+        if (saved["schema"], saved["hash"]) != (_SCHEMA, self.hash):
+            raise ValueError(f"schema {saved['schema']}, hash {saved['hash']}, contents {self.hash}")
+        # manifests of earlier versions have no check sum of their names
+        if words is not None and words.decode() != self._words():
+            raise ValueError("other names or classes than were saved")
+        if not len(self) or np.diff(self.labels).min(initial=0) < 0 or len(np.unique(self.ids)) < len(self):
+            raise ValueError("no images, labels that do not ascend, or an id twice")
+        for what, values, below in (("label", self.labels, len(self.classes)), ("fold", self.fold, FOLDS)):
+            if values.min() < 0 or values.max() >= below:
+                raise ValueError(f"{what}s from {values.min()} to {values.max()} in place of 0 to {below - 1}")
 
     def found_in(self, source: ImageSource) -> Manifest:
         """Return this manifest with the positions of its images in ``source``.

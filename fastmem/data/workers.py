@@ -14,7 +14,7 @@ import pickle
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -27,6 +27,8 @@ from fastmem.errors import FastmemError
 
 # batches that every worker prepares ahead
 PREFETCH = 2
+# stands for the end of the batches
+_END = object()
 
 Read = Callable[[np.ndarray], Any]
 
@@ -52,14 +54,15 @@ class WorkersNotStarted(FastmemError):
     """The system refuses to start worker processes."""
 
 
-def read_in_workers(read: Read, batches: Sequence[np.ndarray], workers: int, batch_bytes: int) -> Iterator[Any]:
+def read_in_workers(read: Read, batches: Iterable[np.ndarray | None], workers: int, batch_bytes: int) -> Iterator[Any]:
     """Start worker processes and yield ``read(batch)`` for each of the given batches, in their order.
 
     An exception that ``read`` raises is raised again. The processes end with the iterator.
 
     Args:
         read: returns the result for a batch.
-        batches: integers [n] each.
+        batches: integers [n] each, taken a little before they are read; None where there is none until the results of
+            those before have been taken.
         workers: number of processes.
         batch_bytes: how large a result usually is at most, in bytes; a larger one is passed through the pipe.
 
@@ -69,15 +72,23 @@ def read_in_workers(read: Read, batches: Sequence[np.ndarray], workers: int, bat
     """
     slot_bytes, ahead = max(1, batch_bytes), PREFETCH * workers
     started: list[_Worker] = []
+    source, asked, given = iter(batches), 0, 0
     try:
-        _start_all(started, read, batches, workers, slot_bytes)
-        for number in range(min(len(batches), ahead)):
-            _ask(started, number)
-        for number in range(len(batches)):
-            result = _receive(started, number, slot_bytes)
-            # the result has been copied out of the worker's memory, so the worker may fill it again
-            if number + ahead < len(batches):
-                _ask(started, number + ahead)
+        _start_all(started, read, workers, slot_bytes)
+        over = False
+        while not over or given < asked:
+            while not over and asked - given < ahead:
+                batch = next(source, _END)
+                if batch is None:
+                    break
+                over = batch is _END
+                if not over:
+                    _ask(started, asked, batch)
+                    asked += 1
+            if given == asked:
+                continue
+            result = _receive(started, given, slot_bytes)
+            given += 1
             if isinstance(result, _Raised):
                 raise result.error from RuntimeError(f"in a worker process:\n{result.trace}")
             yield result
@@ -85,9 +96,7 @@ def read_in_workers(read: Read, batches: Sequence[np.ndarray], workers: int, bat
         _stop(started)
 
 
-def _start_all(
-    started: list[_Worker], read: Read, batches: Sequence[np.ndarray], workers: int, slot_bytes: int
-) -> None:
+def _start_all(started: list[_Worker], read: Read, workers: int, slot_bytes: int) -> None:
     """Start worker processes and append them to ``started``, which names those to stop after an error too."""
     if multiprocessing.current_process().daemon:
         raise WorkersNotStarted(
@@ -98,7 +107,7 @@ def _start_all(
     held = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
     try:
         for _ in range(workers):
-            started.append(_start(read, batches, slot_bytes, [other.pipe for other in started]))
+            started.append(_start(read, slot_bytes, [other.pipe for other in started]))
     except OSError as error:
         raise WorkersNotStarted(
             f"expected to start {workers} worker processes to read images, got {error.strerror or error}: use fewer "
@@ -108,7 +117,7 @@ def _start_all(
         signal.pthread_sigmask(signal.SIG_SETMASK, held)
 
 
-def _start(read: Read, batches: Sequence[np.ndarray], slot_bytes: int, others: list[Connection]) -> _Worker:
+def _start(read: Read, slot_bytes: int, others: list[Connection]) -> _Worker:
     # a forked worker starts at once and shares memory, but a fresh process would have to import torch first
     forked = sys.platform == "linux"
     context: Any = multiprocessing.get_context("fork" if forked else None)
@@ -116,7 +125,7 @@ def _start(read: Read, batches: Sequence[np.ndarray], slot_bytes: int, others: l
     pipe, theirs = context.Pipe()
     # a forked worker has copies of the caller's ends of all pipes; they would keep a pipe open when the caller is gone
     inherited = [pipe, *others] if forked else []
-    arguments = (read, batches, theirs, inherited, memory, slot_bytes)
+    arguments = (read, theirs, inherited, memory, slot_bytes)
     process = context.Process(target=_work, args=arguments, daemon=True)
     try:
         process.start()
@@ -136,10 +145,10 @@ def _shared(size: int) -> mmap.mmap | None:
         return None
 
 
-def _ask(workers: list[_Worker], number: int) -> None:
+def _ask(workers: list[_Worker], number: int, batch: Any) -> None:
     worker = workers[number % len(workers)]
     try:
-        worker.pipe.send(number)
+        worker.pipe.send(batch)
     except OSError as error:
         raise _death(workers, worker) from error
 
@@ -190,13 +199,12 @@ def _stop(workers: list[_Worker]) -> None:
 
 def _work(
     read: Read,
-    batches: Sequence[np.ndarray],
     pipe: Connection,
     inherited: list[Connection],
     memory: mmap.mmap | None,
     slot_bytes: int,
 ) -> None:
-    """Read the batches whose numbers come through the pipe, until the caller closes it."""
+    """Read the batches that come through the pipe, until the caller closes it."""
     for other in inherited:
         other.close()
     # the caller's handler, if it has one, is not meant for a worker
@@ -206,9 +214,9 @@ def _work(
     asked = 0
     try:
         while True:
-            number = pipe.recv()
+            batch = pipe.recv()
             try:
-                message = _packed(read(batches[number]), memory, asked % PREFETCH * slot_bytes, slot_bytes)
+                message = _packed(read(batch), memory, asked % PREFETCH * slot_bytes, slot_bytes)
             except Exception as error:
                 message = _packed_error(error)
             asked += 1

@@ -16,7 +16,7 @@ from fastmem.demo.memorisation import DOSE_FILE
 from fastmem.ranking.ownership import GroupShare, group_shares, owned_units, owners, pooled_owned
 from fastmem.ranking.selection import required, select
 from fastmem.report.markdown import markdown_table
-from fastmem.scoring.membership import Membership, loss_scores, membership
+from fastmem.scoring.membership import Membership, interval_text, loss_scores, membership
 from fastmem.scoring.score import ScoreResult
 
 # share of units that count as top units
@@ -103,9 +103,9 @@ def format_ownership(found: Mapping[str, list[GroupShare]]) -> str:
                 str(r.images),
                 str(r.owning),
                 f"{r.share:.1%}",
-                f"{r.low:.1%} to {r.high:.1%}",
+                interval_text(r.low, r.high, ".1%"),
                 f"{r.chance:.1%}",
-                f"{r.chance_low:.1%} to {r.chance_high:.1%}",
+                interval_text(r.chance_low, r.chance_high, ".1%"),
             )
             for r in rows
         ]
@@ -125,8 +125,8 @@ def format_membership(found: Mapping[str, Mapping[str, Membership]]) -> str:
         cells = [group, str(rows["loss"].members)]
         for m in (rows[by] for by in scores):
             cells += [
-                f"{m.auc:.2f} ({m.auc_low:.2f} to {m.auc_high:.2f})",
-                f"{m.tpr:.0%} ({m.tpr_low:.0%} to {m.tpr_high:.0%})",
+                f"{m.auc:.2f} ({interval_text(m.auc_low, m.auc_high, '.2f')})",
+                f"{m.tpr:.0%} ({interval_text(m.tpr_low, m.tpr_high, '.0%')})",
             ]
         body.append(cells)
     return markdown_table(head, body)

@@ -30,6 +30,9 @@ def _came_back(story: Story, main: FinishedExtraction, tokens: int) -> str:
 
 def _losses(story: Story) -> str:
     found = story.score.membership["loss"]
+    # the demo has enough images of both sets
+    assert found.auc_low is not None
+    assert found.auc_high is not None
     told = "tells" if found.auc_low > 0.5 else "does not surely tell"
     return (
         f"2. Its loss {told} training images from others: AUC {found.auc:.2f} ({found.auc_low:.2f} to "

@@ -165,6 +165,11 @@ class StateShape(TypedDict):
     done: Annotated[int, msgspec.Meta(ge=0)]
 
 
+def progress_file(file: Path) -> Path:
+    """Return where `collect_losses` saves its progress towards a file; a killed process can leave it beside that."""
+    return file.with_name(f"{file.stem}-state{file.suffix}")
+
+
 def collect_losses(
     model: Model,
     source: ImageSource,
@@ -197,7 +202,7 @@ def collect_losses(
     KeyboardInterrupt on Ctrl-C, after the progress was saved.
     """
     losses, done = ImageLosses.zero(len(manifest), False), 0
-    state = None if file is None else file.with_name(f"{file.stem}-state{file.suffix}")
+    state = None if file is None else progress_file(file)
     if state is not None and state.exists():
         tensors, header = read_tensors(state, STATE_SCHEMA, StateShape, owner)
         if header["manifest"] == manifest.hash:

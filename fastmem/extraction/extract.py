@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastmem.data.manifest import Manifest
 from fastmem.data.sources import ImageSource
-from fastmem.errors import InputFileError, UsageError
+from fastmem.errors import UsageError
 from fastmem.extraction.attack import BATCH_ROWS, attack, token_match
 from fastmem.extraction.candidates import (
     TOP_PER_CLASS,
@@ -37,7 +37,7 @@ from fastmem.extraction.verdicts import (
     groups_by_cosine,
     groups_by_tokens,
 )
-from fastmem.files import read_tensors, write_tensors
+from fastmem.files import check_finite, check_tensors, read_tensors, write_tensors
 from fastmem.index.embedding import embed
 from fastmem.index.search import EmbeddingIndex
 from fastmem.models.model import Model
@@ -250,6 +250,22 @@ def check_prefixes(model: Model, prefixes: Sequence[int]) -> None:
         raise UsageError(f"expected different prefix lengths out of {shown} tokens, got {got}")
 
 
+# dtypes and shapes of the tensors of a work unit's file
+PART_TENSORS = {
+    "ids": ("int64", ("N",)),
+    "true": ("int64", ("N", "T")),
+    "tokens": ("int64", ("P", "N", "T")),
+    "match": ("float64", ("P", "N")),
+    "similarity": ("float32", ("P", "N")),
+    "original": ("float32", ("P", "N")),
+    "ceiling": ("float32", ("N",)),
+    "nearest": ("int64", ("P", "N")),
+    "nearest_similarity": ("float32", ("P", "N")),
+    "twin_similarity": ("float32", ("N",)),
+    "vectors": ("float32", ("N", "D")),
+}
+
+
 @dataclass(frozen=True, eq=False)
 class _Part:
     """The verdicts on the targets of one work unit; fields have the names and shapes of those of `Verdicts`."""
@@ -273,13 +289,10 @@ class _Part:
     def read(cls, file: Path, owner: Mapping[str, Any]) -> _Part:
         """Read a work unit from its file. Raises: InputFileError where it is damaged or another one's."""
         tensors, _ = read_tensors(file, UNIT_SCHEMA, owner=owner)
-        names = {field.name for field in fields(cls)}
-        if tensors.keys() != names:
-            raise InputFileError(
-                f"expected the verdicts of a work unit in {file}, got {', '.join(sorted(tensors)) or 'nothing'}: "
-                "remove the file"
-            )
-        return cls(**tensors)
+        check_tensors(file, tensors, PART_TENSORS)
+        # what was not measured is NaN elsewhere
+        check_finite(file, {name: tensors[name] for name in ("match", "similarity")})
+        return cls(**{name: tensors[name] for name in PART_TENSORS})
 
 
 @dataclass

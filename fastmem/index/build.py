@@ -11,19 +11,19 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
 from fastmem.data.decoding import Skipped
-from fastmem.data.loading import check_readable, load_views
+from fastmem.data.loading import Batch, check_readable, load_views
 from fastmem.data.manifest import Manifest
 from fastmem.data.sources import ImageSource
-from fastmem.errors import UsageError
+from fastmem.errors import InputFileError, UsageError
 from fastmem.files import read_json, write_json
 from fastmem.home import home
 from fastmem.index import faiss_index
-from fastmem.index.embedding import DIMENSIONS, Embedder, SquareResize
+from fastmem.index.embedding import DIMENSIONS, Embedder, SquareResize, UndefinedEmbedding
 from fastmem.index.files import (
     IndexHeader,
     check_same_embedder,
@@ -41,6 +41,12 @@ from fastmem.runs.owner import owned
 BUILD_SCHEMA = "fastmem.index-build/1"
 # pending vectors are added to the index this many at a time
 FOLD_BLOCK = 16_384
+
+
+class BuildShape(TypedDict):
+    """The entries of pending/build.json."""
+
+    factory: str
 
 
 @dataclass(frozen=True)
@@ -163,7 +169,7 @@ def _agree_on_factory(folder: Path, header: IndexHeader | None, factory: str | N
             )
         return header.factory
     if factory is None and file.exists():
-        factory = str(read_json(file, BUILD_SCHEMA).get("factory"))
+        factory = read_json(file, BUILD_SCHEMA, BuildShape)["factory"]
     chosen = factory or faiss_index.EXACT
     cells = getattr(faiss_index.new_index(chosen), "nlist", 1)
     if images < cells:
@@ -204,6 +210,8 @@ class _Build:
         """Return the ids of images in pending files, and these files; remove files that the index contains already."""
         files, done = [], [np.empty(0, np.int64)]
         for path in sorted((self.folder / "pending").glob("*.safetensors")):
+            if not path.stem.isdecimal():
+                raise InputFileError(f"expected numbered files of vectors in {path.parent}, got {path.name}: remove it")
             ids, _, header = read_pending(path, self.embedder)
             if len(ids) and np.isin(ids, self.known).all():
                 path.unlink()
@@ -229,6 +237,21 @@ class _Build:
         if len(batch.positions):
             self.embedder(batch.views[:, 0].numpy())
 
+    def _vectors(self, batch: Batch, manifest: Manifest) -> np.ndarray:
+        """Return the embeddings of a batch, float32 [n,512]. Raises: InputFileError for one that is undefined."""
+        try:
+            vectors = self.embedder(batch.views[:, 0].numpy())
+            wrong = faiss_index.rows_of_other_length(vectors)
+        except UndefinedEmbedding as error:
+            wrong = np.array([error.row])
+        if len(wrong):
+            name = manifest.names[batch.positions[wrong[0]]]
+            raise InputFileError(
+                f"expected an embedding of length 1 for {name}, got one that is not: use another SSCD file, or look at "
+                "the image"
+            )
+        return vectors
+
     def _embed(
         self,
         source: ImageSource,
@@ -249,7 +272,7 @@ class _Build:
         loaded = load_views(source, manifest, batches, SquareResize(self.embedder.size), workers)
         with Interruption() as interruption:
             for positions, batch in zip(batches, loaded, strict=True):
-                vectors = self.embedder(batch.views[:, 0].numpy()) if len(batch.positions) else None
+                vectors = self._vectors(batch, manifest) if len(batch.positions) else None
                 part.take(positions, batch.positions, vectors, batch.skipped)
                 reporter.advance(len(positions))
                 if interruption.requested or part.is_due():
@@ -307,7 +330,8 @@ class _Build:
         if self.header is None:
             return faiss_index.new_index(self.factory)
         path = self.folder / self.header.vectors_file
-        return faiss_index.read(path, self.header.count, self.header.bytes, in_memory=True)
+        header = self.header
+        return faiss_index.read(path, header.count, header.bytes, in_memory=True, checksum=header.vectors_checksum)
 
     def _training_vectors(self, files: list[Path], counts: list[int]) -> np.ndarray:
         """Return vectors to train on, float32 [n,512], drawn at random from files of ``counts`` vectors each."""

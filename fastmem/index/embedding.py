@@ -22,11 +22,14 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, functional
 
 from fastmem.errors import InputFileError, UsageError
+from fastmem.files import read_bounded
 from fastmem.home import find_weights
 from fastmem.models.checkpoints import resolve_device
 
 # numbers in an embedding
 DIMENSIONS = 512
+# a model file is no larger than this
+MODEL_BYTES = 2**30
 # side, in pixels, of the pictures in the published comparisons
 PUBLISHED_SIZE = 320
 OFFICIAL_FILE = "sscd_disc_mixup.torchscript.pt"
@@ -158,6 +161,14 @@ def locate(sscd: str | Path | None = None) -> tuple[Path | None, str]:
     )
 
 
+class UndefinedEmbedding(InputFileError):
+    """Raised where a network gives a vector that is not finite or of length 0; ``row`` is its place in the batch."""
+
+    def __init__(self, sentence: str, row: int) -> None:
+        super().__init__(sentence)
+        self.row = row
+
+
 class TorchScriptEmbedder:
     """The SSCD model in Meta's TorchScript file, computed in float32 without TF32.
 
@@ -174,7 +185,7 @@ class TorchScriptEmbedder:
 
     def __init__(self, path: Path, size: int, trust: bool, device: torch.device) -> None:
         # the bytes that were hashed are loaded, so that the file cannot be changed in between
-        content = path.read_bytes()
+        content = read_bounded(path, MODEL_BYTES)
         self.digest = hashlib.sha256(content).hexdigest()
         known = KNOWN_FILES.get(self.digest)
         if known is None and not trust:
@@ -235,8 +246,8 @@ class OnnxEmbedder:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = ONNX_THREADS, 1
         options.log_severity_level = 3
+        content = read_bounded(path, MODEL_BYTES)
         try:
-            content = path.read_bytes()
             self._session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         # onnxruntime raises exceptions of several classes, none of which can be imported
         except Exception as error:
@@ -288,7 +299,8 @@ def _unit_vectors(found: Any, count: int, path: Path) -> np.ndarray:
     vectors = np.asarray(found, dtype=np.float32)
     lengths = np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
     if not (np.isfinite(lengths).all() and lengths.all()):
-        raise _wrong_network(path, "vectors that are not finite or of length 0")
+        row = int(np.flatnonzero(~(np.isfinite(lengths) & (lengths > 0)))[0])
+        raise UndefinedEmbedding(str(_wrong_network(path, "a vector that is not finite or of length 0")), row)
     return (vectors / lengths).astype(np.float32)
 
 

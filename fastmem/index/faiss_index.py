@@ -15,6 +15,7 @@ import faiss
 import numpy as np
 
 from fastmem.errors import InputFileError, UsageError
+from fastmem.files import file_checksum
 from fastmem.index.embedding import DIMENSIONS
 
 EXACT = "Flat"
@@ -23,6 +24,8 @@ TRAINING_VECTORS = 262_144
 # a file starts with its kind (4 bytes), the dimensions of its vectors and their count
 _KINDS = {b"IxFI": "exact", b"IHNf": "HNSW", b"IwFl": "IVF"}
 _START = struct.Struct("<4siq")
+# lengths of vectors may differ from 1 by this much
+LENGTH_TOLERANCE = 1e-3
 # recall is the share of the 10 nearest other images that a search finds; a search is widened until it reaches 0.95
 RECALL_NEIGHBOURS, RECALL_QUERIES, WANTED_RECALL = 10, 256, 0.95
 # effort is the number of candidates of an HNSW search, or of cells of an IVF search
@@ -65,7 +68,11 @@ def train(index: Any, vectors: np.ndarray) -> None:
 
 
 def add(index: Any, vectors: np.ndarray) -> None:
-    """Append vectors, float32 [n,512], to an index; the same calls always make the same index."""
+    """Append vectors, float32 [n,512], to an index; the same calls always make the same index.
+
+    Raises: InputFileError where a vector is not finite or not of length 1.
+    """
+    check_unit_length(vectors, "vectors that are added to an index")
     threads = faiss.omp_get_max_threads()
     # with several threads the links of an HNSW graph would depend on which thread is faster
     if isinstance(index, faiss.IndexHNSWFlat):
@@ -84,7 +91,7 @@ def write(index: Any, path: Path) -> None:
         raise OSError(str(error).splitlines()[-1][:160]) from error
 
 
-def read(path: Path, count: int, size: int, in_memory: bool = False) -> Any:
+def read(path: Path, count: int, size: int, in_memory: bool = False, checksum: str = "") -> Any:
     """Read an index from a file, and check that it is the expected one.
 
     Args:
@@ -92,10 +99,14 @@ def read(path: Path, count: int, size: int, in_memory: bool = False) -> Any:
         count: expected number of vectors.
         size: expected size of the file, in bytes.
         in_memory: load the index so that it can be changed; otherwise its file is mapped into memory for searches.
+        checksum: expected CRC-32 of the file; empty for one that is not known.
 
-    Raises: InputFileError where the file is missing, is damaged, or has another size or number of vectors.
+    Raises: InputFileError where the file is missing, is damaged, has another size or number of vectors, or a vector is
+    not finite or not of length 1.
     """
     kind = _check_file(path, count, size)
+    # damage in the links of a graph would end the process in a search
+    check_sum(path, checksum)
     # faiss has one flag to map the lists of an IVF index, and another to map plain arrays
     mapped = faiss.IO_FLAG_MMAP if kind == "IVF" else faiss.IO_FLAG_MMAP_IFC
     try:
@@ -105,7 +116,43 @@ def read(path: Path, count: int, size: int, in_memory: bool = False) -> Any:
     whole = isinstance(index, (faiss.IndexFlat, faiss.IndexHNSWFlat, faiss.IndexIVFFlat))
     if not whole or (index.ntotal, index.d, index.metric_type) != (count, DIMENSIONS, faiss.METRIC_INNER_PRODUCT):
         raise _damaged(path, f"a {type(index).__name__} of {index.ntotal} vectors")
+    for vectors in _stored(index):
+        check_unit_length(vectors, str(path))
     return index
+
+
+def _stored(index: Any) -> Iterable[np.ndarray]:
+    """Yield all vectors of an index in parts, float32 [n,512], without a copy."""
+    if isinstance(index, faiss.IndexIVFFlat):
+        lists: Any = index.invlists
+        for i in range(lists.nlist):
+            size = lists.list_size(i)
+            if size:
+                codes = faiss.rev_swig_ptr(lists.get_codes(i), size * index.code_size)
+                yield codes.view(np.float32).reshape(size, DIMENSIONS)
+        return
+    flat: Any = faiss.downcast_index(index.storage) if isinstance(index, faiss.IndexHNSWFlat) else index
+    yield faiss.rev_swig_ptr(flat.get_xb(), flat.ntotal * DIMENSIONS).reshape(flat.ntotal, DIMENSIONS)
+
+
+def check_unit_length(vectors: np.ndarray, where: str) -> None:
+    """Check that vectors, float32 [n,512], are finite and of length 1; ``where`` says for the message what they are.
+
+    Raises: InputFileError where one is not.
+    """
+    wrong = rows_of_other_length(vectors)
+    if len(wrong):
+        raise InputFileError(
+            f"expected vectors of length 1 in {where}, got {len(wrong)} others, the first in row {wrong[0]}: make the "
+            "index again"
+        )
+
+
+def rows_of_other_length(vectors: np.ndarray) -> np.ndarray:
+    """Return the rows of vectors, float32 [n,512], that are not finite or not of length 1: int64, ascending."""
+    squares = np.einsum("nd,nd->n", vectors, vectors)
+    # NaN is not close to anything
+    return np.flatnonzero(~(np.abs(squares - 1) <= 2 * LENGTH_TOLERANCE))
 
 
 def _check_file(path: Path, count: int, size: int) -> str:
@@ -116,12 +163,24 @@ def _check_file(path: Path, count: int, size: int) -> str:
             start = file.read(_START.size)
     except OSError as error:
         raise _damaged(path, error.strerror or str(error)) from error
-    if found != size or found < count * DIMENSIONS * 4:
+    if found != size or found < max(_START.size, count * DIMENSIONS * 4):
         raise _damaged(path, f"{found} bytes instead of {size}")
     kind, dimensions, vectors = _START.unpack(start)
     if kind not in _KINDS or (dimensions, vectors) != (DIMENSIONS, count):
         raise _damaged(path, f"{vectors} vectors of {dimensions} in {kind!r} instead of {count} of {DIMENSIONS}")
     return _KINDS[kind]
+
+
+def check_sum(path: Path, expected: str) -> None:
+    """Check a file of an index against the CRC-32 in index.json; an empty one is not checked.
+
+    Raises: InputFileError where the file has another one.
+    """
+    if expected and file_checksum(path) != expected:
+        raise InputFileError(
+            f"expected the file {path} that index.json was written with, got another or a damaged one: make the index "
+            "again"
+        )
 
 
 def vectors_at(index: Any, rows: np.ndarray) -> np.ndarray:

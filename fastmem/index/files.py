@@ -8,19 +8,52 @@ pending/            vectors that are not in the index yet, while it is built or 
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
+import msgspec
 import numpy as np
 
 from fastmem.errors import InputFileError, UsageError
-from fastmem.files import read_json, write_atomically, write_json, write_table
+from fastmem.files import file_checksum, read_json, read_table, write_atomically, write_json, write_table
 from fastmem.index import faiss_index
 
 SCHEMA = "fastmem.index/1"
+
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**40)]
+
+
+class SkippedImage(TypedDict):
+    """An image that could not be read."""
+
+    name: str
+    reason: str
+
+
+class ChecksumShape(TypedDict, total=False):
+    """The check sums of an index's files, which indexes of earlier versions lack."""
+
+    vectors_checksum: str
+    images_checksum: str
+
+
+class HeaderShape(ChecksumShape):
+    """The entries of index.json."""
+
+    embedder: str
+    digest: str
+    count: Annotated[int, msgspec.Meta(ge=1, le=2**40)]
+    factory: str
+    effort: Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
+    recall: Annotated[float, msgspec.Meta(ge=0, le=1)]
+    manifests: list[str]
+    bytes: Count
+    skipped: list[SkippedImage]
 
 
 @dataclass(frozen=True)
@@ -37,6 +70,8 @@ class IndexHeader:
         manifests: hashes of the manifests of the image sets in the index.
         bytes: size of the vectors' file.
         skipped: images that could not be read, each with "name" and "reason".
+        vectors_checksum: CRC-32 of the vectors' file; empty in indexes of earlier versions.
+        images_checksum: CRC-32 of the images' file; likewise.
     """
 
     embedder: str
@@ -48,6 +83,13 @@ class IndexHeader:
     manifests: tuple[str, ...]
     bytes: int
     skipped: tuple[dict[str, str], ...]
+    vectors_checksum: str = ""
+    images_checksum: str = ""
+
+    @property
+    def id(self) -> str:
+        """Sixteen hexadecimal digits that tell this index from others, also from those of equally many images."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
 
     @property
     def vectors_file(self) -> str:
@@ -92,7 +134,12 @@ def write_index(
     vectors_file = folder / header.vectors_file
     write_atomically(vectors_file, lambda partial: faiss_index.write(index, partial))
     write_table(folder / header.images_file, {"id": ids, "name": pyarrow.array(names, pyarrow.string())})
-    header = IndexHeader(**(asdict(header) | {"bytes": vectors_file.stat().st_size, "skipped": rows}))
+    header = replace(
+        header,
+        bytes=vectors_file.stat().st_size,
+        vectors_checksum=file_checksum(vectors_file),
+        images_checksum=file_checksum(folder / header.images_file),
+    )
     write_json(folder / "index.json", {"schema": SCHEMA, **asdict(header)})
     remove_leftovers(folder, header)
     return header
@@ -112,21 +159,9 @@ def read_header(folder: Path) -> IndexHeader:
 
     Raises: InputFileError where the file is missing or damaged, or where an entry is missing or of the wrong type.
     """
-    document = read_json(folder / "index.json", SCHEMA)
-    del document["schema"]
-    types = {"embedder": str, "digest": str, "count": int, "factory": str, "effort": int, "recall": float, "bytes": int}
-    types |= {"manifests": list, "skipped": list}
-    wrong = [f.name for f in fields(IndexHeader) if not isinstance(document.get(f.name), types[f.name])]
-    wrong += [name for name in document if name not in types]
-    if not wrong:
-        rows = all(isinstance(row, dict) and row.keys() == {"name", "reason"} for row in document["skipped"])
-        wrong += [] if rows else ["skipped"]
-    if wrong or document["count"] < 1:
-        raise InputFileError(
-            f"expected a whole {SCHEMA} document in {folder / 'index.json'}, got a wrong {(wrong or ['count'])[0]}: "
-            "make the index again"
-        )
-    return IndexHeader(**document | {"manifests": tuple(document["manifests"]), "skipped": tuple(document["skipped"])})
+    document = read_json(folder / "index.json", SCHEMA, HeaderShape)
+    known = {field.name: document[field.name] for field in fields(IndexHeader) if field.name in document}
+    return IndexHeader(**known | {"manifests": tuple(known["manifests"]), "skipped": tuple(known["skipped"])})
 
 
 def read_images(folder: Path, header: IndexHeader) -> tuple[np.ndarray, Any]:
@@ -134,20 +169,15 @@ def read_images(folder: Path, header: IndexHeader) -> tuple[np.ndarray, Any]:
 
     Raises: InputFileError where the file is missing or damaged, or has another number of images than the header.
     """
-    import pyarrow
-    from pyarrow import parquet
-
     path = folder / header.images_file
-    try:
-        table = parquet.read_table(path, columns=["id", "name"], partitioning=None)
-        ids = table["id"].to_numpy()
-        if ids.dtype != np.int64 or len(ids) != header.count or len(np.unique(ids)) != header.count:
-            raise ValueError(f"{len(ids)} rows of {header.count}, or an id twice")
-    except (OSError, KeyError, ValueError, pyarrow.ArrowException) as error:
+    table = read_table(path, "images of an index", {"id": "int64", "name": "string"})
+    ids = table["id"].to_numpy()
+    if len(ids) != header.count or len(np.unique(ids)) != header.count:
         raise InputFileError(
-            f"expected {header.count} different images in {path}, got a file that cannot be used ({error}): make the "
-            "index again"
-        ) from error
+            f"expected {header.count} different images in {path}, got {len(ids)} rows of {header.count}, or an id "
+            "twice: make the index again"
+        )
+    faiss_index.check_sum(path, header.images_checksum)
     return ids, table["name"]
 
 

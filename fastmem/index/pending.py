@@ -5,21 +5,36 @@ from __future__ import annotations
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
+import msgspec
 import numpy as np
 import torch
 
 from fastmem.data.decoding import Skipped
 from fastmem.data.manifest import Manifest
 from fastmem.errors import InputFileError, UsageError
-from fastmem.files import read_tensors, write_tensors
+from fastmem.files import check_tensors, read_tensors, write_tensors
 from fastmem.index.embedding import DIMENSIONS, Embedder
+from fastmem.index.faiss_index import check_unit_length
+from fastmem.index.files import SkippedImage
 
 PENDING_SCHEMA = "fastmem.index-pending/1"
 # a file is saved when either of these is reached, so that an interruption loses little work
 SAVE_SECONDS = 60.0
 SAVE_IMAGES = 8192
+
+Id = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+
+
+class PendingShape(TypedDict):
+    """The header of a pending file."""
+
+    embedder: str
+    digest: str
+    names: list[str]
+    skipped: list[SkippedImage]
+    skipped_ids: list[Id]
 
 
 class PendingPart:
@@ -74,17 +89,21 @@ class PendingPart:
 def read_pending(path: Path, embedder: Embedder) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
     """Return the image ids, int64 [n], the vectors, float32 [n,512], and the header of one pending file.
 
-    Raises: InputFileError where the file is damaged; UsageError where another embedder than ``embedder`` made it.
+    Raises: InputFileError where the file is damaged or a vector is not of length 1; UsageError where another embedder
+    than ``embedder`` made it.
     """
-    tensors, header = read_tensors(path, PENDING_SCHEMA)
-    if (header.get("embedder"), header.get("digest")) != (embedder.name, embedder.digest):
+    try:
+        tensors, header = read_tensors(path, PENDING_SCHEMA, PendingShape)
+        rows = len(header["names"])
+        check_tensors(path, tensors, {"ids": ("int64", (rows,)), "vectors": ("float32", (rows, DIMENSIONS))})
+        check_unit_length(tensors["vectors"].numpy(), str(path))
+    except InputFileError as error:
+        raise InputFileError(
+            f"expected vectors with ids and names in {path}, got others ({error}): remove that file and resume"
+        ) from error
+    if (header["embedder"], header["digest"]) != (embedder.name, embedder.digest):
         raise UsageError(
-            f"expected vectors of {embedder.name} in {path}, got those of {header.get('embedder')}: resume with the "
+            f"expected vectors of {embedder.name} in {path}, got those of {header['embedder']}: resume with the "
             "same embedder, or choose another --out"
         )
-    ids, vectors = (tensors[name].numpy() if name in tensors else np.empty(0) for name in ("ids", "vectors"))
-    lists: list[Any] = [header.get(name) for name in ("names", "skipped", "skipped_ids")]
-    whole = ids.dtype == np.int64 and vectors.dtype == np.float32 and vectors.shape == (len(ids), DIMENSIONS)
-    if not whole or not all(isinstance(value, list) for value in lists) or len(lists[0]) != len(ids):
-        raise InputFileError(f"expected vectors with ids and names in {path}, got others: remove that file and resume")
-    return ids, vectors, header
+    return tensors["ids"].numpy(), tensors["vectors"].numpy(), header

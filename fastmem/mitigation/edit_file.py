@@ -3,37 +3,55 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
+import msgspec
 import torch
 from torch import Tensor
 
 from fastmem.errors import InputFileError, UsageError
-from fastmem.files import read_tensors, write_tensors
+from fastmem.files import check_owner, check_tensors, read_tensors, write_tensors
 from fastmem.mitigation.scaling import Edit, check_units, scale_units
 from fastmem.models.model import Model
 from fastmem.ranking.selection import Selection
 from fastmem.runs.folder import RunFolder
 
 SCHEMA = "fastmem.edit/1"
-# entries of a file's header and their types
-HEADER = {
-    "model": str,
-    "checkpoint": str,
-    "dtype": str,
-    "layers": int,
-    "units": int,
-    "by": str,
-    "fraction": float,
-    "scope": str,
-    "merge": str,
-    "seed": int,
+HEADER = ("model", "checkpoint", "dtype", "layers", "units", "by", "fraction", "scope", "merge", "seed")
+TENSORS = {
+    "layer": ("int64", ("n",)),
+    "unit": ("int64", ("n",)),
+    "factor": ("float64", ("n",)),
+    "chosen_on": ("int64", ("m",)),
+    "chosen_against": ("int64", ("k",)),
 }
-TENSORS = ("layer", "unit", "factor", "chosen_on", "chosen_against")
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+# file systems take up to 255 bytes, with the suffix
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
+
+Size = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
+
+
+class OwnerShape(TypedDict, total=False):
+    """The run that an edit was made in, which edits of earlier versions do not name."""
+
+    run: str
+
+
+class HeaderShape(OwnerShape):
+    """The header of an edit file."""
+
+    model: str
+    checkpoint: str
+    dtype: str
+    layers: Size
+    units: Size
+    by: str
+    fraction: Annotated[float, msgspec.Meta(ge=0, le=1)]
+    scope: str
+    merge: str
+    seed: int
 
 
 def _no_ids() -> Tensor:
@@ -63,6 +81,7 @@ class EditPlan:
         chosen_against: ids of the held-out images that the selection compared with them, int64 [k]; empty unless the
             units were chosen by attribution. No result of the edit should be reported on these images.
         name: name of the file without its suffix; empty for a plan without a file.
+        run: id of the run that it was made in; empty where nobody said.
     """
 
     layer: Tensor
@@ -81,6 +100,7 @@ class EditPlan:
     chosen_on: Tensor = field(default_factory=_no_ids)
     chosen_against: Tensor = field(default_factory=_no_ids)
     name: str = ""
+    run: str = ""
 
     def __len__(self) -> int:
         return len(self.layer)
@@ -94,6 +114,7 @@ class EditPlan:
         chosen_on: Tensor | None = None,
         chosen_against: Tensor | None = None,
         name: str = "",
+        run: str = "",
     ) -> EditPlan:
         """Return a plan to scale the selected units of a model.
 
@@ -104,6 +125,7 @@ class EditPlan:
             chosen_on: ids of the training images that the selection used as memorised, int64 [m]; None for none.
             chosen_against: ids of the held-out images that the selection compared with them, int64 [k]; None for none.
             name: name of the file to be written, without its suffix.
+            run: id of the run that the units were chosen in.
 
         Raises: UsageError where the model is edited, it lacks a unit, or ``factor`` has another shape or is not finite.
         """
@@ -126,6 +148,7 @@ class EditPlan:
             _no_ids() if chosen_on is None else chosen_on.cpu(),
             _no_ids() if chosen_against is None else chosen_against.cpu(),
             name,
+            run,
         )
         plan.check()
         return plan
@@ -154,7 +177,7 @@ class EditPlan:
         return scale_units(model, self, self.factor)
 
     def header(self) -> dict[str, Any]:
-        """Return the entries of the file's header: every attribute but the tensors and the name."""
+        """Return the entries of the file's header: every attribute but tensors, name and run."""
         return {name: getattr(self, name) for name in HEADER}
 
     def tensors(self) -> dict[str, Tensor]:
@@ -168,44 +191,41 @@ class EditPlan:
         }
 
     def equals(self, other: EditPlan) -> bool:
-        """Return whether ``other`` is the same plan, except for its name."""
+        """Return whether ``other`` is the same plan, except for its name and its run."""
         mine, theirs = self.tensors(), other.tensors()
         return self.header() == other.header() and all(torch.equal(mine[name], theirs[name]) for name in mine)
 
     def save(self, path: str | Path) -> None:
         """Write the plan to a safetensors file. Raises: UsageError where the folder cannot be written."""
-        write_tensors(Path(path), self.tensors(), SCHEMA, self.header())
+        owner = {"run": self.run} if self.run else {}
+        write_tensors(Path(path), self.tensors(), SCHEMA, {**self.header(), **owner})
 
     @classmethod
-    def load(cls, path: str | Path) -> EditPlan:
-        """Read a plan from a file that `save` wrote. Raises: InputFileError where it is missing or damaged."""
-        tensors, header = read_tensors(Path(path), SCHEMA)
+    def load(cls, path: str | Path, run: str = "") -> EditPlan:
+        """Read a plan from a file that `save` wrote.
+
+        Args:
+            path: the file.
+            run: id of the run that it must have been made in; empty takes one of any run.
+
+        Raises: InputFileError where the file is missing or damaged, or belongs to another run.
+        """
+        path = Path(path)
+        tensors, header = read_tensors(path, SCHEMA, HeaderShape)
+        # edits of earlier versions name no run
+        check_owner(header, path, {"run": run} if run and "run" in header else None)
+        # the first files of this format had no tensor of held-out ids
+        tensors = {"chosen_against": _no_ids(), **tensors}
+        check_tensors(path, tensors, TENSORS)
+        known = {name: tensors[name] for name in TENSORS} | {name: header[name] for name in HEADER}
+        plan = cls(**known, name=path.stem, run=header.get("run", ""))
         try:
-            entries: dict[str, Any] = {**_checked_tensors(tensors), **_checked_header(header)}
-            plan = cls(**entries, name=Path(path).stem)
             plan.check()
-        except (UsageError, ValueError) as error:
+        except UsageError as error:
             raise InputFileError(
                 f"expected a whole edit ({SCHEMA}) in {path}, got a damaged one ({error}): make it again"
             ) from error
         return plan
-
-
-def _checked_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    # the first files of this format had no tensor of held-out ids
-    tensors = {"chosen_against": _no_ids(), **tensors}
-    kinds = {name: torch.float64 if name == "factor" else torch.int64 for name in TENSORS}
-    found = {name: tensor.dtype for name, tensor in tensors.items() if tensor.ndim == 1}
-    if found != kinds:
-        raise ValueError(f"tensors {', '.join(sorted(tensors))}")
-    return tensors
-
-
-def _checked_header(header: Mapping[str, Any]) -> dict[str, Any]:
-    wrong = [name for name, kind in HEADER.items() if type(header.get(name)) is not kind]
-    if wrong:
-        raise ValueError(f"no proper {', '.join(wrong)} in the header")
-    return {name: header[name] for name in HEADER}
 
 
 def _check_unedited(model: Model) -> None:
@@ -223,10 +243,11 @@ def edit_path(folder: RunFolder, name: str) -> Path:
     return folder.edits_folder / f"{name}.safetensors"
 
 
-def load_edit(folder: RunFolder, name: str) -> EditPlan:
-    """Read an edit plan: the one called ``name`` in a run, or any file where ``name`` is a path.
+def load_edit(folder: RunFolder, name: str, run: str = "") -> EditPlan:
+    """Read an edit plan: the one called ``name`` in a run with the id ``run``, or any file where ``name`` is a path.
 
-    Raises: UsageError where the run has no edit of that name; InputFileError where the file is missing or damaged.
+    Raises: UsageError where the run has no edit of that name; InputFileError where the file is missing or damaged, or
+    an edit of another run lies there.
     """
     if "/" in name or name.endswith(".safetensors"):
         return EditPlan.load(name)
@@ -237,4 +258,4 @@ def load_edit(folder: RunFolder, name: str) -> EditPlan:
             f"expected an edit of {folder.path} ({', '.join(known) or 'it has none'}), got {name!r}: make one with "
             "`fastmem mitigate`, or give a file"
         )
-    return EditPlan.load(path)
+    return EditPlan.load(path, run)

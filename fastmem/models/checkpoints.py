@@ -1,108 +1,122 @@
-"""Models from checkpoint files: .bin and .pth of torch, and safetensors, each bare or inside a trainer's larger file.
-
-Checkpoints are untrusted files, so only tensors are read from them and nothing in them is ever run.
-"""
+"""Models from checkpoint files of torch and safetensors, each bare or inside a trainer's larger file."""
 
 from __future__ import annotations
 
 import os
-import pickle
 import re
-import zipfile
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fastmem.errors import InputFileError, UsageError
 from fastmem.models.model import Model
 from fastmem.models.registry import ModelEntry, OfficialFile, entries, find_entry
 from fastmem.models.tokenizer import Tokenizer
+from fastmem.models.weight_files import WeightFile, read_one_file, read_weight_file
+from fastmem.models.wrapped import (
+    Group,
+    describe_content,
+    find_groups,
+    find_readings,
+    nearest,
+    without_prefixes,
+)
+from fastmem.runs.ranks import local_rank
 
-# keys under which trainers keep the state dict inside a larger file, outermost first
-WRAPPERS = ("trainer", "var_wo_ddp", "module", "state_dict", "model")
-# what data-parallel training and torch.compile put before every name, in any order
-PREFIXES = ("module.", "_orig_mod.")
-NAMES_SHOWN = 3
-# how torch's refusal of a pickle names what is in the way
-REFUSED_CLASS = re.compile(r"GLOBAL ([\w.]+)")
-# an archive that would unpack to more than this many times its size, and more than 1 GiB, is not read
-MOST_UNPACKED = 64
+# the two networks of a model, in the order of ``build_networks``, and the options that take their files
+ROLES = {"generator": "--checkpoint", "tokenizer": "--tokenizer"}
+NAMES_SHOWN, KEYS_SHOWN = 3, 5
+# no class count is taken from an entry with more rows
+MOST_ROWS = 2**31
+# names that tell networks of other tools: what they are, and the option that takes them
+STRANGERS = {
+    "Mixed_7c.branch_pool.conv.weight": ("the Inception network of FID", "--inception"),
+    "backbone.layer4.2.conv3.weight": ("a ResNet-50 such as SSCD", "--sscd"),
+}
+# how the parts of a checkpoint in parts are named
+PART = re.compile(r"-\d+-of-\d+\.")
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """State dict of a checkpoint file, with tensors that are memory-mapped where the format allows.
+    """State dict of a checkpoint file that holds one, with tensors that are memory-mapped where the format allows.
 
     Raises:
         InputFileError: the file is missing, damaged, or holds something other than tensors.
+        UsageError: it holds several state dicts.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise InputFileError(f"expected a checkpoint at {path}, got no such file: check the path")
-    try:
-        content = load_file(path) if path.suffix == ".safetensors" else _torch_load(path)
-    # on a damaged file these libraries raise exceptions of many kinds
-    except Exception as error:
-        refused = isinstance(error, pickle.UnpicklingError)
-        named = REFUSED_CLASS.search(str(error)) if refused else None
-        if named:
-            raise InputFileError(
-                f"expected plain tensors in {path}, got {named[1]}, which is not loaded because it could run code: "
-                "save the weights alone, with torch.save(model.state_dict(), FILE)"
-            ) from error
-        # torch's own text would advise to load the file unsafely
-        detail = "not plain tensors" if refused else " ".join(str(error).split())[:160]
+    file = WeightFile(Path(path), None, read_one_file(Path(path)))
+    groups = _groups(file)
+    if len(groups) > 1:
+        keys = ", ".join(group.key for group in groups[:KEYS_SHOWN])
+        raise UsageError(
+            f"expected one set of weights in {path}, got {len(groups)} ({keys}): save the one to take in a file of "
+            "its own"
+        )
+    return _checked(without_prefixes(groups[0]), file.path)
+
+
+def read_weights(
+    entry: ModelEntry, role: str, path: Path, usual: Mapping[str, tuple[int, ...]] | None = None
+) -> dict[str, Tensor]:
+    """Entries of a checkpoint that fit a network of a model, wherever in the file they stand.
+
+    Args:
+        entry: the model.
+        role: the network, "generator" or "tokenizer".
+        path: a file, an index of a checkpoint in parts, a folder that holds one of these, or FILE#KEY.
+        usual: the shapes of the network's entries with the registry's number of classes, None to work them out.
+
+    Raises:
+        InputFileError: the file is missing, damaged, or holds something other than tensors.
+        UsageError: its entries fit no such network, and it names the one that they fit, if any; or several differing
+            sets of them fit.
+    """
+    file = read_weight_file(path)
+    groups = _groups(file)
+    fitting = _fitting(groups, file.key, entry, role, usual)
+    if not fitting:
+        raise _misfit(file, groups, entry, role)
+    others = [group for group in fitting[1:] if not group.equals(fitting[0])]
+    if others:
+        several = [fitting[0], *others]
+        raise UsageError(
+            f"expected one {role} of {entry.name} in {file.path}, got {len(several)} that differ: choose with "
+            f"{ROLES[role]} {_choices(file, several)}"
+        )
+    return _checked(fitting[0], file.path)
+
+
+def _groups(file: WeightFile) -> list[Group]:
+    """Return the groups of tensors in a file, those under its key where it has one."""
+    groups = find_groups(file.content)
+    if not groups:
         raise InputFileError(
-            f"expected a whole .bin, .pth or .safetensors checkpoint of plain tensors in {path}, got one that cannot "
-            f"be read ({type(error).__name__}: {detail}): fetch it again"
-        ) from error
-    state = unwrap(content, path)
-    for name, value in state.items():
+            f"expected a state dict of tensors in {file.path}, got {describe_content(file.content)}: is it a "
+            "checkpoint?"
+        )
+    if file.key is None:
+        return groups
+    chosen = [part for group in groups if (part := group.narrowed(file.key)).entries]
+    if not chosen:
+        raise UsageError(
+            f"expected a key of {file.path} after #, got {file.key!r}: name one of them with {_choices(file, groups)}"
+        )
+    return chosen
+
+
+def _choices(file: WeightFile, groups: list[Group]) -> str:
+    keys = list(dict.fromkeys(group.key for group in groups))
+    more = ", ..." if len(keys) > KEYS_SHOWN else ""
+    return " or ".join(f"{file.path}#{key}" for key in keys[:KEYS_SHOWN]) + more
+
+
+def _checked(group: Group, path: Path) -> dict[str, Tensor]:
+    for name, value in group.entries.items():
         _check_stored(name, value, path)
-    return state
-
-
-def _torch_load(path: Path) -> object:
-    # files from before torch 1.6 are no zip archives and cannot be mapped
-    if not zipfile.is_zipfile(path):
-        return torch.load(path, map_location="cpu", weights_only=True)
-    with zipfile.ZipFile(path) as archive:
-        members = archive.infolist()
-        _check_members(archive, path.stat().st_size)
-    # torch maps a tensor from where its member begins, whatever the member's length and compression
-    stored = all(member.compress_type == zipfile.ZIP_STORED for member in members)
-    needed: Counter[int] = Counter()
-
-    def place(storage: Any, location: str) -> Any:
-        needed[storage.nbytes()] += 1
-        return storage
-
-    content = torch.load(path, map_location=place, weights_only=True, mmap=stored)
-    if needed - Counter(member.file_size for member in members):
-        raise ValueError("a tensor is larger than its data")
-    return content
-
-
-def _check_members(archive: zipfile.ZipFile, size: int) -> None:
-    """Check the checksums of an archive's members, where it has them; torch itself checks none.
-
-    Raises: ValueError where so little data of ``size`` bytes would unpack to so much; zipfile.BadZipFile where a
-    member's checksum is wrong.
-    """
-    members = archive.infolist()
-    if sum(member.file_size for member in members) > max(MOST_UNPACKED * size, 2**30):
-        raise ValueError(f"it would unpack to more than {MOST_UNPACKED} times its size")
-    for member in members:
-        # torch may be told to write no checksums, and then writes 0
-        if member.CRC:
-            with archive.open(member) as file:
-                while file.read(2**20):
-                    pass
+    return dict(group.entries)
 
 
 def _check_stored(name: str, value: Tensor, path: Path) -> None:
@@ -113,32 +127,6 @@ def _check_stored(name: str, value: Tensor, path: Path) -> None:
             f"expected {name} with all of its numbers in {path}, got {list(value.shape)} of "
             f"{value.untyped_storage().nbytes()} bytes: save it with .contiguous()"
         )
-
-
-def unwrap(content: object, path: Path) -> dict[str, Tensor]:
-    """The state dict inside a checkpoint file's ``content``, without wrapper keys and a data-parallel prefix.
-
-    Raises:
-        InputFileError: there is none; the message names the file ``path``.
-    """
-    seen: set[int] = set()
-    # a wrapper may hold itself
-    while isinstance(content, Mapping) and id(content) not in seen:
-        seen.add(id(content))
-        inner = next((content[key] for key in WRAPPERS if isinstance(content.get(key), Mapping)), None)
-        if inner is None:
-            break
-        content = inner
-    if not isinstance(content, Mapping) or not content or not all(isinstance(v, Tensor) for v in content.values()):
-        raise InputFileError(
-            f"expected a state dict of tensors in {path}, bare or under {', '.join(WRAPPERS)}, got something else: "
-            "is it a checkpoint?"
-        )
-    if not all(isinstance(name, str) for name in content):
-        raise InputFileError(f"expected names of entries that are text in {path}, got others: is it a checkpoint?")
-    while prefix := next((p for p in PREFIXES if all(name.startswith(p) for name in content)), None):
-        content = {name.removeprefix(prefix): value for name, value in content.items()}
-    return dict(content)
 
 
 def shapes_of(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
@@ -156,7 +144,8 @@ def build_networks(
     """
     build: Callable[..., tuple[nn.Module, Tokenizer]] = import_module(entry.module).build
     # no size can be taken from an entry without dimensions or numbers
-    return build(entry.generator, entry.tokenizer, {n: s for n, s in (shapes or {}).items() if s and 0 not in s})
+    usable = {n: s for n, s in (shapes or {}).items() if s and 0 not in s and s[0] < MOST_ROWS}
+    return build(entry.generator, entry.tokenizer, usable)
 
 
 def find_mismatch(expected: Mapping[str, tuple[int, ...]], got: Mapping[str, tuple[int, ...]]) -> str | None:
@@ -179,35 +168,74 @@ def _some(names: list[str]) -> str:
     return shown if len(names) <= NAMES_SHOWN else f"{shown}, ..."
 
 
-def check_state(entry: ModelEntry, network: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
-    """Refuse a state dict that does not fit a network.
+def _expected(
+    entry: ModelEntry, role: str, shapes: Mapping[str, tuple[int, ...]] | None = None
+) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a network's entries; ``shapes`` are those of its checkpoint, as for `build_networks`."""
+    with torch.device("meta"):
+        networks = build_networks(entry, shapes)
+    return shapes_of(networks[list(ROLES).index(role)].state_dict())
 
-    Args:
-        entry: the registry row that the network belongs to.
-        network: the generator or the tokenizer.
-        state: the state dict.
-        path: the file that it was read from.
 
-    Raises:
-        UsageError: entries are missing, unexpected or misshaped; it names the model that they would fit, if any.
+def _fitting(
+    groups: list[Group],
+    key: str | None,
+    entry: ModelEntry,
+    role: str,
+    usual: Mapping[str, tuple[int, ...]] | None = None,
+) -> list[Group]:
+    """Return the different sets of entries that fit a network in names and shapes; arguments as in `read_weights`."""
+    usual = _expected(entry, role) if usual is None else usual
+    found: dict[tuple[int, ...], Group] = {}
+    for group in groups:
+        for reading in find_readings(group, usual):
+            shapes = shapes_of(reading.entries)
+            # the number of classes is the checkpoint's own
+            fits = shapes == usual or (role == "generator" and shapes == _expected(entry, role, shapes))
+            if fits and reading.is_under(key):
+                found.setdefault(tuple(map(id, reading.entries.values())), reading)
+    return list(found.values())
+
+
+def _misfit(file: WeightFile, groups: list[Group], entry: ModelEntry, role: str) -> UsageError:
+    """Return the refusal of a file that does not hold a network; it says what is wrong, and which network it holds.
+
+    Raises: InputFileError where an entry repeats its numbers.
     """
-    mismatch = find_mismatch(shapes_of(network.state_dict()), shapes_of(state))
-    if mismatch is None:
-        return
-    fitting = next(iter(_fitting_models(state, but=entry)), None)
-    advice = f"it fits {fitting}, so use --model {fitting}" if fitting else "give the file of this model"
-    raise UsageError(f"expected the entries of {entry.name} in {path}, got {mismatch}: {advice}")
+    usual = _expected(entry, role)
+    near = shapes_of(_checked(nearest(groups, usual), file.path))
+    mismatch = find_mismatch(_expected(entry, role, near), near) or "another order of entries"
+    network, advice = _recognised(groups, entry, role)
+    if not network and PART.search(file.path.name):
+        network, advice = "one part of a checkpoint", "give its .index.json in place of the part"
+    return UsageError(
+        f"expected the entries of the {role} of {entry.name} in {file.path}, got {network or mismatch}: "
+        f"{advice or 'give the file of this model'}"
+    )
 
 
-def _fitting_models(state: Mapping[str, Tensor], but: ModelEntry) -> Iterable[str]:
-    shapes = shapes_of(state)
-    for other in entries().values():
-        if other is but:
-            continue
-        with torch.device("meta"):
-            networks = build_networks(other, shapes)
-        if any(find_mismatch(shapes_of(n.state_dict()), shapes) is None for n in networks):
-            yield other.name
+def _recognised(groups: list[Group], entry: ModelEntry, role: str) -> tuple[str, str]:
+    """Return the network that a file holds in place of another one, and what to do; empty words where it is unknown."""
+    ordered = [entry, *(other for other in entries().values() if other is not entry)]
+    for other in ordered:
+        for part in ROLES:
+            if (other is entry and part == role) or not _fitting(groups, None, other, part):
+                continue
+            if other is entry:
+                advice = f"give it with {ROLES[part]}, and the {role} with {ROLES[role]}"
+            elif part == role == "generator":
+                advice = f"use --model {other.name}, or give the {role} of {entry.name}"
+            else:
+                advice = f"give the {role} of {entry.name}, such as {_official(entry, role).name}"
+            return f"the {part} of {other.name}", advice
+    for name, (network, option) in STRANGERS.items():
+        if any(name in group.entries for group in groups):
+            return network, f"give it with {option}, and the {role} with {ROLES[role]}"
+    return "", ""
+
+
+def _official(entry: ModelEntry, role: str) -> OfficialFile:
+    return entry.generator_file if role == "generator" else entry.tokenizer_file
 
 
 def resolve_device(name: str | torch.device) -> torch.device:
@@ -217,7 +245,8 @@ def resolve_device(name: str | torch.device) -> torch.device:
         UsageError: the name is unknown, or this machine has no such device.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        # each rank of a job takes the GPU of its number on the machine
+        return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -254,32 +283,36 @@ def load_model(
 
     Args:
         name: the model's name, one of ``model_names()``.
-        checkpoint: file of the generator; None takes the official one, which lies in the package or where
-            ``fastmem fetch`` puts it under ``FASTMEM_HOME``.
-        tokenizer: file of the tokenizer; None takes the official one.
+        checkpoint: file of the generator, an index of one in parts, a folder that holds one of these, or FILE#KEY
+            where several sets of weights in a file would fit; None takes the official one, which lies in the package,
+            where ``fastmem fetch`` puts it under ``FASTMEM_HOME``, or in the cache of Hugging Face's hub.
+        tokenizer: file of the tokenizer, likewise; None takes the official one.
         device: a torch device, or "auto" for the first GPU where there is one.
         dtype: floating type of the generator: float32, bfloat16 or float16. The tokenizer stays float32.
 
     Raises:
-        UsageError: the name, device or dtype is unknown, or a file is another model's.
+        UsageError: the name, device or dtype is unknown, a file is another model's, or several weights in it fit.
         InputFileError: a file is missing or damaged.
     """
     entry = find_entry(name)
     target, floating = resolve_device(device), resolve_dtype(dtype)
     paths = [_find_file(entry, checkpoint, entry.generator_file), _find_file(entry, tokenizer, entry.tokenizer_file)]
-    states = [read_state(path) for path in paths]
     # on the meta device the networks take no memory: the mapped tensors become the weights themselves
     with torch.device("meta"):
-        networks = build_networks(entry, shapes_of(states[0]))
+        networks = build_networks(entry)
+    usual = [shapes_of(network.state_dict()) for network in networks]
+    states = [read_weights(entry, *known) for known in zip(ROLES, paths, usual, strict=True)]
+    if shapes_of(states[0]) != usual[0]:
+        with torch.device("meta"):
+            networks = build_networks(entry, shapes_of(states[0]))
     for network, state, path, kind in zip(networks, states, paths, (floating, torch.float32), strict=True):
-        check_state(entry, network, state, path)
         expected = network.state_dict()
         # what follows from the sizes is compared, where a family has such entries
         find_constants: Callable[[], dict[str, Tensor]] = getattr(network, "constants", dict)
         constants = find_constants()
         for key in state:
             state[key] = _converted(key, state[key], expected[key], constants.get(key), kind, path).to(target)
-        network.load_state_dict(state, strict=True, assign=True)
+        network.load_state_dict(_apart(state), strict=True, assign=True)
         state.clear()
     family: type[Model] = import_module(entry.module).model_class
     model = family(*networks, entry.preset, entry.prefixes)
@@ -287,6 +320,18 @@ def load_model(
     model.checkpoint_file = None if checkpoint is None else Path(checkpoint).absolute()
     model.tokenizer_file = None if tokenizer is None else Path(tokenizer).absolute()
     return model
+
+
+def _apart(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return entries of which none shares memory with another or with itself: an edit of one must change no other."""
+    found: dict[str, Tensor] = {}
+    end = 0
+    dense = {name: value.contiguous() for name, value in state.items()}
+    for name in sorted(dense, key=lambda name: dense[name].data_ptr()):
+        value = dense[name]
+        found[name] = value.clone() if value.data_ptr() < end else value
+        end = max(end, value.data_ptr() + value.nbytes)
+    return found
 
 
 def _converted(

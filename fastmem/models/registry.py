@@ -6,6 +6,7 @@ Outside packages add rows through the entry point group ``fastmem.models``. Each
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from fastmem.errors import UsageError
 from fastmem.home import home
+from fastmem.models.hub import find_in_hub_cache
 
 ENTRY_POINTS = "fastmem.models"
 # the models that help texts name
@@ -51,7 +53,15 @@ class OfficialFile:
 
     @property
     def path(self) -> Path:
-        """Where the file lies, or has to be put."""
+        """Where the file lies, in ``own_path`` or the cache of Hugging Face's hub, or else ``own_path``."""
+        own = self.own_path
+        if self.repository is None or os.path.isfile(own):
+            return own
+        return find_in_hub_cache(self.repository, self.name) or own
+
+    @property
+    def own_path(self) -> Path:
+        """Where fastmem keeps the file: in the package, or in ``FASTMEM_HOME``."""
         if self.repository is None:
             return Path(__file__).parent.parent / "demo" / self.name
         return home() / "weights" / self.name

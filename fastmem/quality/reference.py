@@ -13,6 +13,7 @@ from fastmem.data.loading import check_readable, load_views
 from fastmem.data.manifest import Manifest
 from fastmem.data.sources import ImageSource
 from fastmem.data.views import Views
+from fastmem.files import STALE_SECONDS, remove_leftovers
 from fastmem.quality.features import FeatureExtractor, Features, Reference
 from fastmem.quality.frechet import read_statistics
 from fastmem.reporter import SILENT, Reporter, Work
@@ -62,8 +63,13 @@ def read_reference(
     header = {"features": extractor.name, "digest": extractor.digest, "content": content}
     key = hashlib.sha256("".join(header.values()).encode()).hexdigest()[:16]
     file = None if cache is None else cache / f"{extractor.name}-{key}.safetensors"
+    if cache is not None:
+        # other processes may write there
+        remove_leftovers(cache, STALE_SECONDS)
     if file is not None and file.exists():
         features = Features.load(file, header)
+        # they stay where a process is killed between its last two steps
+        shutil.rmtree(file.with_suffix(".parts"), ignore_errors=True)
         reporter.advance(len(manifest))
     else:
         features = _extract(source, manifest, recipe, extractor, workers, reporter, file, header)

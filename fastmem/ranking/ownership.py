@@ -49,6 +49,8 @@ def owned_units(image_ids: np.ndarray, owner_ids: Tensor) -> np.ndarray:
 class GroupShare:
     """The share of the selected units that the images of one group own.
 
+    The ends of both intervals are NaN, undefined, where there is one image only.
+
     Attributes:
         group: name of the group.
         images: number of images in the group.
@@ -95,6 +97,9 @@ def group_shares(owned: np.ndarray, groups: Sequence[str], seed: int = 0) -> lis
         weight = np.bincount(generator.integers(0, len(owned), len(owned)), minlength=len(owned)) * owned
         resampled[i] = (member @ weight) / max(1, weight.sum())
         dealt[i] = member @ generator.permutation(owned) / owned.sum()
+    if len(owned) < 2:
+        # every draw from one image is that image
+        resampled, dealt = np.full((2, 1, len(names)), np.nan)
     low, high = np.percentile(resampled, [2.5, 97.5], axis=0)
     chance_low, chance_high = np.percentile(dealt, [2.5, 97.5], axis=0)
     return [

@@ -75,7 +75,6 @@ def describe(extraction: Extraction, associations: Mapping[str, Association]) ->
             **{split: _histogram(keys, verdicts) for split, verdicts in extraction.sets.items()},
         },
         "associations": {by: a.document() for by, a in associations.items()},
-        "seconds": round(extraction.seconds, 3),
     }
     if heldout is not None:
         document["heldout_interval"] = _by_prefix(keys, [_interval(c) for c in counts(heldout, heldout.candidate)])
@@ -103,12 +102,20 @@ def _histogram(keys: list[str], verdicts: Verdicts) -> dict[str, list[int]]:
     return _by_prefix(keys, [np.histogram(row, BINS)[0].tolist() for row in rows])
 
 
-def write_verdicts(path: Path, extraction: Extraction, manifests: Mapping[str, Manifest]) -> None:
+def write_verdicts(
+    path: Path, extraction: Extraction, manifests: Mapping[str, Manifest], owner: Mapping[str, str] | None = None
+) -> None:
     """Write a parquet table with one row for each target and prefix length.
 
     The columns are id, set, class, label, name, candidate, matched, candidate_score, prefix, token_match, similarity,
     extracted, similarity_to_image, extracted_image, ceiling, nearest_id, nearest_name, nearest_similarity,
-    twin_similarity and group; values that were not measured are null. ``manifests`` are the images by set.
+    twin_similarity and group; values that were not measured are null.
+
+    Args:
+        path: the file.
+        extraction: the verdicts.
+        manifests: the images by set.
+        owner: entries of the file's metadata that say which run and settings it is of.
 
     Raises: UsageError where the file cannot be written.
     """
@@ -147,7 +154,7 @@ def write_verdicts(path: Path, extraction: Extraction, manifests: Mapping[str, M
                     }
                 )
             )
-    write_table(path, pyarrow.concat_tables(tables))
+    write_table(path, pyarrow.concat_tables(tables), owner)
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,45 +187,41 @@ class KeptVerdicts:
         return len(self.ids)
 
 
-def read_verdicts(
-    path: Path, extracted: Mapping[int, int], threshold: float, manifests: Mapping[str, Manifest]
+def keep_verdicts(
+    table: Any, path: Path, extracted: Mapping[int, int], threshold: float, manifests: Mapping[str, Manifest]
 ) -> dict[str, KeptVerdicts]:
-    """Read a table that ``write_verdicts`` wrote, by set, and check that it is the one that was counted.
+    """Take a table that ``write_verdicts`` wrote apart by set, and check that it is the one that was counted.
 
     Args:
-        path: the parquet file.
+        table: the pyarrow table.
+        path: its file, named in the message.
         extracted: how many training candidates came back, by prefix length, as its extraction's document says.
         threshold: above this similarity a target counts as extracted.
         manifests: the images by set.
 
-    Raises: InputFileError where the file is missing, is damaged, or is of another extraction.
+    Raises: InputFileError where it is of other images, prefixes or verdicts.
     """
-    import pyarrow
-    from pyarrow import compute, parquet
+    from pyarrow import compute
 
-    try:
-        table = parquet.read_table(path, partitioning=None)
-        found = {}
-        for split, manifest in manifests.items():
-            own = table.filter(compute.equal(table["set"], split))
-            rows = [own.filter(compute.equal(own["prefix"], prefix)) for prefix in extracted]
-            ids = [row["id"].to_numpy() for row in rows]
-            if len(own) != len(rows) * len(ids[0]) or any(not np.array_equal(ids[0], other) for other in ids):
-                raise ValueError(f"other targets or prefixes in the set {split}")
-            found[split] = _kept(rows)
-            if not np.isin(found[split].ids, manifest.ids).all():
-                raise ValueError(f"images that the set {split} does not have")
-        if sum(map(len, found.values())) * len(extracted) != len(table):
-            raise ValueError("other sets or prefixes")
-        train = found["train"]
-        counted = [int((row[train.candidate] > threshold).sum()) for row in train.similarity.astype(np.float32)]
-        if counted != list(extracted.values()):
-            raise ValueError(f"{counted} images came back, its document says {list(extracted.values())}")
-    except (OSError, KeyError, ValueError, TypeError, pyarrow.ArrowException) as error:
-        raise InputFileError(
-            f"expected the verdicts of an extraction in {path}, got a file that cannot be used ({error}): extract again"
-        ) from error
+    found = {}
+    for split, manifest in manifests.items():
+        own = table.filter(compute.equal(table["set"], split))
+        rows = [own.filter(compute.equal(own["prefix"], prefix)) for prefix in extracted]
+        ids = [row["id"].to_numpy() for row in rows]
+        if any(not np.array_equal(ids[0], other) for other in ids) or not np.isin(ids[0], manifest.ids).all():
+            raise _other_verdicts(path, f"the images of the set {split}", "others")
+        found[split] = _kept(rows)
+    if sum(map(len, found.values())) * len(extracted) != len(table):
+        raise _other_verdicts(path, f"the prefixes {', '.join(map(str, extracted))}", "others")
+    train = found["train"]
+    counted = [int((row[train.candidate] > threshold).sum()) for row in train.similarity.astype(np.float32)]
+    if counted != list(extracted.values()):
+        raise _other_verdicts(path, f"{', '.join(map(str, extracted.values()))} extracted images", str(counted)[1:-1])
     return found
+
+
+def _other_verdicts(path: Path, expected: str, got: str) -> InputFileError:
+    return InputFileError(f"expected {expected} in {path}, got {got}: extract again")
 
 
 def _kept(rows: Sequence[Any]) -> KeptVerdicts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -70,8 +71,8 @@ def comparison_table(comparisons: Sequence[dict[str, Any]]) -> str:
                 rival + ("" if c["reached"] else " (not reached)"),
                 f"{c['extracted']:.0f}",
                 f"{c['rival_extracted']:.1f}",
-                f"{d['value']:+.1f} ({d['low']:+.1f} to {d['high']:+.1f})",
-                f"{c['holm']:.4f}",
+                f"{d['value']:+.1f} ({ends_text(d, '+.1f')})",
+                "undefined" if math.isnan(c["holm"]) else f"{c['holm']:.4f}",
                 f"{c['cost']:+.4f}",
                 f"{c['rival_cost']:+.4f}",
             )
@@ -101,7 +102,12 @@ def search_table(document: Mapping[str, Any]) -> str:
 
 def interval_text(estimate: dict[str, float]) -> str:
     """Return the text of an estimate with its interval."""
-    return f"{estimate['value']:+.4f} ({estimate['low']:+.4f} to {estimate['high']:+.4f})"
+    return f"{estimate['value']:+.4f} ({ends_text(estimate, '+.4f')})"
+
+
+def ends_text(found: Mapping[str, float], spec: str) -> str:
+    """Return the text of an interval's ends, written by ``spec``, or of one that is undefined."""
+    return "undefined" if math.isnan(found["low"]) else f"{found['low']:{spec}} to {found['high']:{spec}}"
 
 
 def search_sentence(document: Mapping[str, Any]) -> str:

@@ -4,6 +4,7 @@ run.json                model, weights, data and settings, which must be the sam
 inputs.json             where weights and images came from, so that later stages find them again
 manifest-SET.parquet    the images of a set ("train" or "heldout"), in order, with their folds
 state.safetensors       the statistics so far; removed when the run is complete
+units/                  work units that other ranks have finished and that wait for their turn
 SET.safetensors         the statistics of a set
 losses-SET.safetensors  the loss and hits of every image of a set, where they were asked for
 skipped-SET.json        the images of a set that could not be read, with the reasons
@@ -31,6 +32,7 @@ import msgspec
 
 from fastmem.errors import InputFileError, UsageError
 from fastmem.files import read_json, write_json
+from fastmem.runs.ranks import in_job
 
 RUN_SCHEMA = "fastmem.run/1"
 RESULT_SCHEMA = "fastmem.score/1"
@@ -101,6 +103,8 @@ def out_folder(model: str, out: str | os.PathLike[str] | None) -> Iterator[Path]
     if out is not None:
         yield Path(out)
         return
+    if in_job():
+        raise UsageError("expected --out RUN with more than one rank, got none: name one folder for all of them")
     path = default_folder(model)
     try:
         yield path
@@ -173,6 +177,10 @@ class RunFolder:
     @property
     def state_file(self) -> Path:
         return self.path / "state.safetensors"
+
+    @property
+    def units_folder(self) -> Path:
+        return self.path / "units"
 
     @property
     def result_file(self) -> Path:
@@ -253,6 +261,13 @@ class RunFolder:
         Raises: UsageError where the folder cannot be written.
         """
         write_json(self.identity_file, {"schema": RUN_SCHEMA, **identity})
+
+    def remove_unscored(self) -> None:
+        """Remove what a pass wrote that could not read one training image, so that the folder holds no run."""
+        for split in ("train", "heldout"):
+            self.manifest_file(split).unlink(missing_ok=True)
+        self.state_file.unlink(missing_ok=True)
+        self.identity_file.unlink(missing_ok=True)
 
 
 def check_writable(path: Path) -> None:

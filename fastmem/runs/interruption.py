@@ -15,6 +15,9 @@ from types import FrameType
 # Windows has no SIGHUP
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 
+# exit code of a process that Ctrl-C ended
+INTERRUPTED = 130
+
 
 class Stopped(KeyboardInterrupt):
     """The process was told to stop, by the signal of this ``number``."""

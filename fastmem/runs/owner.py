@@ -25,6 +25,8 @@ from fastmem.files import OWNER_PREFIX, read_bounded, remove_leftovers
 
 OWNER = re.compile(re.escape(OWNER_PREFIX) + r"(\d{1,9})")
 OWNER_BYTES = 4096
+# states of a process that has ended and whose parent has not asked how, as the system writes them
+ENDED = ("Z", "X")
 # an owner on another machine shows that it lives by touching its file this often, and is dead after that long
 BEAT_SECONDS, DEAD_SECONDS = 15.0, 180.0
 
@@ -53,10 +55,19 @@ class Owner:
         now = f"{datetime.now():%Y-%m-%d %H:%M:%S}"
         return cls(socket.gethostname(), os.getpid(), _start_of(os.getpid()), now, work)
 
+    @property
+    def is_here(self) -> bool:
+        """Whether the owner is a process of this machine."""
+        return self.host == socket.gethostname()
+
+    def runs_here(self) -> bool:
+        """Return whether an owner on this machine still runs."""
+        return _is_running(self.process) and self.started in (0, _start_of(self.process))
+
     def is_alive(self, file: Path) -> bool:
         """Return whether the owner still runs; of one on another machine its ``file`` tells."""
-        if self.host == socket.gethostname():
-            return _is_running(self.process) and self.started in (0, _start_of(self.process))
+        if self.is_here:
+            return self.runs_here()
         with suppress(OSError):
             return time.time() - file.stat().st_mtime < DEAD_SECONDS
         return False
@@ -66,10 +77,20 @@ class Owner:
 
 
 def _start_of(process: int) -> int:
-    # the name of the program stands in brackets, and may hold spaces and brackets itself
-    with suppress(OSError, ValueError, IndexError):
-        return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19])
+    with suppress(ValueError, IndexError):
+        return int(_status_of(process)[19])
     return 0
+
+
+def _state_of(process: int) -> str:
+    return next(iter(_status_of(process)), "")
+
+
+def _status_of(process: int) -> list[str]:
+    # the name of the program stands in brackets, and may hold spaces and brackets itself
+    with suppress(OSError, ValueError):
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return []
 
 
 def _is_running(process: int) -> bool:
@@ -80,7 +101,7 @@ def _is_running(process: int) -> bool:
     except OSError:
         # it runs as somebody else
         return True
-    return True
+    return _state_of(process) not in ENDED
 
 
 def _owners(folder: Path) -> list[tuple[int, Path]]:
@@ -116,7 +137,8 @@ def owned(folder: Path, work: str) -> Iterator[None]:
         folder: the folder; made where it is missing.
         work: what is done there, in a word or two, for the message that others get.
 
-    Raises: UsageError where another process works there, which it names, or the folder cannot be written.
+    Raises: UsageError where another process works there, which it names, the folder cannot be written, or it was
+    removed before the work was done.
     """
     made = not folder.exists()
     try:
@@ -138,6 +160,11 @@ def owned(folder: Path, work: str) -> Iterator[None]:
     try:
         remove_leftovers(folder)
         yield
+        if not file.exists():
+            raise UsageError(
+                f"expected {folder} to stay while it is worked in, got it removed or emptied in the middle: run the "
+                "command again, with --resume where something is left there"
+            )
     finally:
         stopped.set()
         _HELD.discard(key)

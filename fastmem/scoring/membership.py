@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,6 +20,8 @@ FALSE_POSITIVES = 0.01
 @dataclass(frozen=True)
 class Membership:
     """How well a score separates members (training images) from non-members, with 95 % bootstrap intervals over images.
+
+    The intervals are NaN, undefined, where there are fewer than two members or two non-members.
 
     Attributes:
         members: number of members.
@@ -41,14 +44,23 @@ class Membership:
     tpr_high: float
 
     def document(self) -> dict[str, Any]:
-        """Return the numbers, rounded to six decimals, for a JSON document."""
+        """Return the numbers, rounded to six decimals, for a JSON document; what is undefined becomes null there."""
         return {key: round(v, 6) if isinstance(v, float) else v for key, v in asdict(self).items()}
 
     def __str__(self) -> str:
-        return (
-            f"AUC {self.auc:.3f} ({self.auc_low:.3f} to {self.auc_high:.3f}), {self.tpr:.1%} found at 1 % false alarms "
-            f"({self.tpr_low:.1%} to {self.tpr_high:.1%}), {self.members:,} members against {self.nonmembers:,}"
+        auc, tpr = (
+            interval_text(low, high, spec)
+            for low, high, spec in ((self.auc_low, self.auc_high, ".3f"), (self.tpr_low, self.tpr_high, ".1%"))
         )
+        return (
+            f"AUC {self.auc:.3f} ({auc}), {self.tpr:.1%} found at 1 % false alarms ({tpr}), "
+            f"{self.members:,} members against {self.nonmembers:,}"
+        )
+
+
+def interval_text(low: float, high: float, spec: str) -> str:
+    """Return the text of an interval whose ends are written by ``spec``, or of one that is undefined."""
+    return "interval undefined" if math.isnan(low) else f"{low:{spec}} to {high:{spec}}"
 
 
 def loss_scores(train: ImageLosses, heldout: ImageLosses) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -87,6 +99,10 @@ def membership(members: np.ndarray, nonmembers: np.ndarray, seed: int = 0, resam
     where = [np.searchsorted(values, side) for side in sides]
     whole = [np.bincount(at, minlength=len(values)) for at in where]
     auc, tpr = _rates(*whole)
+    n, m = map(len, sides)
+    if min(n, m) < 2:
+        # every bootstrap sample of one image is that image
+        return Membership(n, m, auc, math.nan, math.nan, tpr, math.nan, math.nan)
     generator = np.random.default_rng(seed)
     drawn = np.array(
         [
@@ -95,7 +111,6 @@ def membership(members: np.ndarray, nonmembers: np.ndarray, seed: int = 0, resam
         ]
     )
     (auc_low, tpr_low), (auc_high, tpr_high) = np.percentile(drawn, [2.5, 97.5], axis=0)
-    n, m = map(len, sides)
     return Membership(n, m, auc, float(auc_low), float(auc_high), tpr, float(tpr_low), float(tpr_high))
 
 

@@ -104,6 +104,14 @@ def disk_bytes(settings: ScoreSettings, shape: Shape, manifests: Mapping[str, Ma
     return folds + sum(row_bytes(shape, m) for m in manifests.values() if keeps_rows(settings, shape, m))
 
 
+def waiting_bytes(shape: Shape, matched: bool, units: int) -> int:
+    """Return the size on disk, in bytes, of the results of as many work units as may wait to be added.
+
+    ``shape`` is [layers,segments,units], and ``matched`` says whether they hold those of matched images too.
+    """
+    return int(np.prod(shape)) * FOLDS * FOLD_BYTES * (1 + matched) * units
+
+
 def plan_tokens(
     cache: TokenCache | None, recipe: Views, manifests: Mapping[str, Manifest], note: Callable[[str], None]
 ) -> tuple[TokenPlan, TokenCache | None]:

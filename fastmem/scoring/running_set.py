@@ -4,21 +4,48 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any, TypedDict
 
+import msgspec
 import numpy as np
 import torch
 from torch import Tensor
 
 from fastmem.backends.select import UnitUpdate
 from fastmem.data.decoding import Skipped
-from fastmem.data.manifest import Manifest
+from fastmem.data.manifest import Manifest, WorkUnit
+from fastmem.errors import InputFileError
+from fastmem.files import check_finite, check_tensors
 from fastmem.models.model import TokenOutcomes
 from fastmem.scoring.image_losses import ImageLosses
 from fastmem.stats import StatsBuilder, UnitStats
 from fastmem.stats.accumulators import Fold
+from fastmem.stats.builder import StateShape
 
 MATCHED, LOSSES = "matched/", "losses/"
+
+
+class MatchedShape(TypedDict, total=False):
+    """The part of a header that only some passes have."""
+
+    matched: StateShape
+
+
+class UnitShape(TypedDict):
+    """The header of a work unit that another rank has finished; ``counts`` has the images of every fold."""
+
+    counts: list[Annotated[int, msgspec.Meta(ge=0, le=2**40)]]
+    skipped: list[Skipped]
+
+
+class RunningShape(StateShape, MatchedShape):
+    """The header of a pass that goes on."""
+
+    run: str
+    set: str
+    units: Annotated[int, msgspec.Meta(ge=0, le=2**40)]
+    skipped: list[Skipped]
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,12 +123,68 @@ class RunningSet:
 
     def end_unit(self, label: int) -> None:
         """Add the open work unit, whose images are all of class ``label``, to the results, and open the next one."""
-        self.builder.update(label, self.unit)
-        if self.matched_builder is not None:
-            self.matched_builder.update(label, self.matched_unit)
-        self.skipped += self.unit_skipped
-        self.units += 1
+        self._add(label, self.unit, self.matched_unit, self.unit_skipped)
         self._open_unit()
+
+    def _add(self, label: int, unit: list[Fold], matched: list[Fold], skipped: list[Skipped]) -> None:
+        self.builder.update(label, unit)
+        if self.matched_builder is not None:
+            self.matched_builder.update(label, matched)
+        self.skipped += skipped
+        self.units += 1
+
+    def take_unit(self, images: WorkUnit) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Close the open work unit, which is of these ``images``, without adding it; return what ``put_unit`` takes."""
+        folds = [*self.unit, *self.matched_unit]
+        tensors: dict[str, Tensor] = {}
+        for i, fold in enumerate(folds):
+            if fold.moments.count:
+                tensors |= {name: tensor.cpu().clone() for name, tensor in fold.to_tensors(f"fold{i}.").items()}
+        if self.losses is not None:
+            inside = slice(images.start, images.stop)
+            tensors |= {LOSSES + name: tensor[inside].clone() for name, tensor in self.losses.tensors().items()}
+        header = {"counts": [fold.moments.count for fold in folds], "skipped": as_rows(self.unit_skipped)}
+        self._open_unit()
+        return tensors, header
+
+    def check_unit(
+        self, images: WorkUnit, tensors: Mapping[str, Tensor], header: Mapping[str, Any], path: Path
+    ) -> None:
+        """Check that what was read from the file ``path`` can be a finished work unit of these ``images``.
+
+        Raises: InputFileError where it cannot.
+        """
+        own, matched = header["counts"][: len(self.unit)], header["counts"][len(self.unit) :]
+        whole = len(own) == len(self.unit) and len(matched) == len(self.matched_unit)
+        if not whole or sum(own) + len(header["skipped"]) != images.stop - images.start or sum(matched) > sum(own):
+            raise InputFileError(
+                f"expected {images.stop - images.start} images in {path}, got counts {header['counts']}: remove it"
+            )
+        expected = Fold.zero(self.builder.shape, self.builder.k).to_tensors("")
+        names = {
+            f"fold{i}.{name}": tensor
+            for i, count in enumerate(header["counts"])
+            if count
+            for name, tensor in expected.items()
+        }
+        if self.losses is not None:
+            names |= {LOSSES + name: t[images.start : images.stop] for name, t in self.losses.tensors().items()}
+        kinds = {name: (str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in names.items()}
+        check_tensors(path, tensors, kinds)
+
+    def put_unit(self, images: WorkUnit, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
+        """Add a finished work unit of these ``images``, which ``take_unit`` returned; the open one is not touched."""
+        zero = [*self.builder.zero_unit(), *(self.matched_builder.zero_unit() if self.matched_builder else [])]
+        folds = [
+            Fold.from_tensors(tensors, count, f"fold{i}.").to(self.builder.device) if count else empty
+            for i, (count, empty) in enumerate(zip(header["counts"], zero, strict=True))
+        ]
+        if self.losses is not None:
+            for name, values in self.losses.tensors().items():
+                # the tensors share the memory of the arrays
+                values[images.start : images.stop] = tensors[LOSSES + name]
+        own = len(self.unit)
+        self._add(images.label, folds[:own], folds[own:], from_rows(header["skipped"]))
 
     def finish(self, origin: Mapping[str, Any]) -> UnitStats:
         """Return the statistics of all finished work units; ``origin`` says what they were computed from."""
@@ -124,11 +207,26 @@ class RunningSet:
             tensors |= {LOSSES + name: tensor for name, tensor in self.losses.tensors().items()}
         return tensors, header | {"units": self.units, "skipped": as_rows(self.skipped)}
 
-    def restore(self, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
-        """Continue from tensors and a header that ``state`` returned."""
+    def restore(self, tensors: Mapping[str, Tensor], header: Mapping[str, Any], path: Path) -> None:
+        """Continue from tensors and a header that ``state`` returned, and that were read from the file ``path``.
+
+        Raises: InputFileError where they are not those of this set.
+        """
 
         def part(prefix: str) -> dict[str, Tensor]:
             return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+        expected = self.builder.expected(header)
+        if self.matched_builder is not None:
+            if "matched" not in header:
+                raise InputFileError(f"expected matched images in {path}, got none: start anew with another --out")
+            expected |= {MATCHED + name: t for name, t in self.matched_builder.expected(header["matched"]).items()}
+        if self.losses is not None:
+            expected |= {LOSSES + name: t for name, t in self.losses.tensors().items()}
+        kinds = {name: (str(t.dtype).removeprefix("torch."), tuple(t.shape)) for name, t in expected.items()}
+        check_tensors(path, tensors, kinds)
+        # the loss of an image that is not done yet is NaN
+        check_finite(path, {name: t for name, t in tensors.items() if not name.startswith(LOSSES)}, ("top_value",))
 
         self.builder.restore(tensors, header)
         if self.matched_builder is not None:

@@ -6,6 +6,7 @@ responses of its units are summed up at once, so no activation is kept.
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -18,19 +19,23 @@ from torch import Tensor
 
 from fastmem.backends.select import Backend, choose_backend
 from fastmem.data.decoding import Skipped
+from fastmem.data.loading import Flow, check_readable
 from fastmem.data.manifest import Manifest, WorkUnit
 from fastmem.data.sources import ImageSource
 from fastmem.data.views import Joined
+from fastmem.errors import InputFileError, UsageError
 from fastmem.files import read_json, read_tensors, write_json, write_tensors
 from fastmem.models.model import Model
 from fastmem.reporter import SILENT, Reporter
 from fastmem.runs.folder import RunFolder, check_writable, run_id
 from fastmem.runs.interruption import Interruption
+from fastmem.runs.ranks import AHEAD, Ranks, WorkQueue
 from fastmem.scoring.class_order import check_class_order, check_labels
 from fastmem.scoring.image_losses import ImageLosses
-from fastmem.scoring.plan import ScorePlan, TokenPlan, disk_bytes, keeps_rows, plan_tokens
-from fastmem.scoring.running_set import RunningSet, Seen, as_rows, from_rows
+from fastmem.scoring.plan import ScorePlan, TokenPlan, disk_bytes, keeps_rows, plan_tokens, waiting_bytes
+from fastmem.scoring.running_set import RunningSet, RunningShape, Seen, as_rows, from_rows
 from fastmem.scoring.settings import ScoreSettings
+from fastmem.scoring.shared_units import SharedUnits
 from fastmem.stats import StatsBuilder, UnitStats
 from fastmem.stats.class_rows import row_folder
 from fastmem.tokens.cache import TokenCache
@@ -115,6 +120,7 @@ def score_images(
     workers: int | None = None,
     token_cache: str | Path | None = None,
     reporter: Reporter = SILENT,
+    ranks: Ranks | None = None,
 ) -> ScoreResult:
     """Compute statistics of every unit's responses to the images, in one pass that keeps no activation.
 
@@ -134,6 +140,7 @@ def score_images(
             "off" for no cache.
         reporter: its ``planned`` is given the `ScorePlan`, its ``advance`` the number of images done, and its ``note``
             sentences for a person to read.
+        ranks: the ranks of the job, which share the work and give the same results as one process; they need ``out``.
 
     Raises: UsageError where settings do not fit the model or the images, or where the folder cannot be written or holds
     another run; InputFileError where the run folder is damaged; KeyboardInterrupt on Ctrl-C, after progress was saved.
@@ -143,7 +150,7 @@ def score_images(
         check_writable(out)
     cache = TokenCache.open(token_cache, model, reporter.note)
     folder = None if out is None else RunFolder(out)
-    return _Scorer(model, settings, chosen, folder, reporter, workers, cache).run(sets, resume, check_classes)
+    return _Scorer(model, settings, chosen, folder, reporter, workers, cache, ranks).run(sets, resume, check_classes)
 
 
 @dataclass
@@ -155,6 +162,7 @@ class _Scorer:
     reporter: Reporter
     workers: int | None
     cache: TokenCache | None
+    ranks: Ranks | None
 
     def __post_init__(self) -> None:
         self.recipe = self.model.view_recipe(self.settings.views)
@@ -184,24 +192,28 @@ class _Scorer:
                 "images' class order, so a subset needs the checkpoint's whole order (--classes FILE)"
             )
         self.identity = self._identity(manifests)
-        goes_on = self.folder is not None and self.folder.check(self.identity, resume)
+        leads = self.ranks is None or self.ranks.leads
+        goes_on = leads and self.folder is not None and self.folder.check(self.identity, resume)
         tokens, self.cache = plan_tokens(self.cache, self.loaded, manifests, self.reporter.note)
-        if check_classes and not goes_on:
-            self._check_class_order(sets["train"], manifests["train"])
-        if self.folder is not None and not goes_on:
-            self.folder.start(self.identity)
-        if self.folder is not None:
-            for split, manifest in manifests.items():
-                manifest.save(self.folder.manifest_file(split))
-        self.reporter.planned(self._plan(sets["train"], manifests, tokens))
+        if leads:
+            if check_classes and not goes_on:
+                self._check_class_order(sets["train"], manifests["train"])
+            if self.folder is not None and not goes_on:
+                self.folder.start(self.identity)
+            if self.folder is not None:
+                for split, manifest in manifests.items():
+                    manifest.save(self.folder.manifest_file(split))
+            self.reporter.planned(self._plan(sets["train"], manifests, tokens))
+        self._agree()
         started, images = time.monotonic(), 0
         stats: dict[str, UnitStats] = {}
         for split, source in sets.items():
             stats[split], done = self._score_set(split, source, manifests[split])
             images += done
         seconds = time.monotonic() - started
-        if self.folder is not None:
+        if self.folder is not None and leads:
             self.folder.state_file.unlink(missing_ok=True)
+            shutil.rmtree(self.folder.units_folder, ignore_errors=True)
         skipped = [s for source in sets.values() for s in source.skipped]
         skipped += [s for split in sets for s in self.skipped[split]]
         return ScoreResult(
@@ -217,6 +229,19 @@ class _Scorer:
             images / max(seconds, 1e-9),
             None if self.folder is None else self.folder.path,
         )
+
+    def _agree(self) -> None:
+        """Check that all ranks see the same images, weights and settings. Raises: UsageError where they do not."""
+        if self.ranks is None:
+            return
+        mine = run_id(self.identity)
+        if self.ranks.leads:
+            self.ranks.tell(self.ranks.key("run"), mine)
+        elif (theirs := self.ranks.wait_for(self.ranks.key("run"))) != mine:
+            raise UsageError(
+                f"expected the same images, weights and settings in every rank, got run {mine} in rank "
+                f"{self.ranks.rank} and {theirs} in rank 0: give all ranks the same files and options"
+            )
 
     def _manifests(self, sets: Mapping[str, ImageSource]) -> dict[str, Manifest]:
         """Return the manifest of each set; of the held-out images only those that training images can match."""
@@ -274,12 +299,15 @@ class _Scorer:
         """Return the plan; the duration is estimated from one batch that is run and thrown away."""
         images = {split: len(manifest) for split, manifest in manifests.items()}
         disk = 0 if self.folder is None else disk_bytes(self.settings, self.shape, manifests)
+        if self.ranks is not None:
+            disk += waiting_bytes(self.shape, self.matched is not None, AHEAD * self.ranks.size)
         seconds = None
         probe = np.arange(min(self._images_per_batch, len(manifests["train"])))
         complete = self.folder is not None and all(self.folder.stats_file(split).exists() for split in manifests)
         if sum(images.values()) > 4 * len(probe) and not complete:
             seconds = self._probe(source, manifests["train"], probe, tokens.stored)
-            seconds = None if seconds is None else seconds * sum(images.values())
+            together = 1 if self.ranks is None else self.ranks.size
+            seconds = None if seconds is None else seconds * sum(images.values()) / together
         return ScorePlan(images["train"], images.get("heldout", 0), self.recipe.count, disk, seconds, tokens)
 
     def _probe(self, source: ImageSource, manifest: Manifest, positions: np.ndarray, stored: float) -> float | None:
@@ -324,8 +352,12 @@ class _Scorer:
 
     def _score_set(self, split: str, source: ImageSource, manifest: Manifest) -> tuple[UnitStats, int]:
         """Score one set, or read its results; return its statistics and the number of images scored now."""
-        folder = self.folder
-        if folder is not None and folder.stats_file(split).exists():
+        folder, helps = self.folder, self.ranks is not None and not self.ranks.leads
+        units = manifest.work_units(UNIT_IMAGES)
+        if helps:
+            self._help(split, source, manifest, units)
+        if folder is not None and (helps or folder.stats_file(split).exists()):
+            self._tell_saved(split, len(units))
             self.skipped[split] = from_rows(
                 read_json(folder.skipped_file(split), SKIPPED_SCHEMA, SkippedShape, self._owner(split))["images"]
             )
@@ -334,14 +366,25 @@ class _Scorer:
             self.reporter.advance(len(manifest))
             return UnitStats.load(folder.stats_file(split), self._owner(split)), 0
         running = self._start_set(split, manifest)
-        units = manifest.work_units(UNIT_IMAGES)
+        if running.units > len(units):
+            raise InputFileError(
+                f"expected at most {len(units)} finished work units in {folder and folder.state_file}, got "
+                f"{running.units}: start anew with another --out"
+            )
         before = units[running.units - 1].stop if running.units else 0
         self.reporter.advance(before)
-        self._score_units(split, source, running, units)
+        if self.ranks is None:
+            self._score_units(split, source, running, units)
+        else:
+            self._share_units(split, source, running, units)
         stats = running.finish(self._origin(split, manifest))
         self.skipped[split] = running.skipped
         if running.losses is not None:
             self.losses[split] = running.losses
+        if folder is not None and split == "train" and not stats.count:
+            # nothing came of it, and the folder can be taken again once the images can be read
+            folder.remove_unscored()
+            check_readable(source, len(manifest), 0, next(iter(running.skipped), None))
         if folder is not None:
             write_json(
                 folder.skipped_file(split),
@@ -350,15 +393,33 @@ class _Scorer:
             if running.losses is not None:
                 running.losses.save(folder.losses_file(split), manifest.hash, self._owner(split))
             stats.save(folder.stats_file(split))
+            self._tell_saved(split)
         return stats, len(manifest) - before
+
+    def _tell_saved(self, split: str, units: int | None = None) -> None:
+        """Tell the helping ranks that a set's results can be read, and of a set of ``units`` that was there already."""
+        if self.ranks is None or not self.ranks.leads:
+            return
+        if units is not None:
+            self._queue(split, units).open(units)
+        self.ranks.tell(self.ranks.key(f"{split}/saved"))
 
     def _start_set(self, split: str, manifest: Manifest) -> RunningSet:
         """Return the results so far for a set: those that were saved, or empty ones."""
+        running = self._empty_set(split, manifest)
+        if self.folder is not None and self.folder.state_file.exists():
+            owner = {"run": run_id(self.identity)}
+            tensors, header = read_tensors(self.folder.state_file, STATE_SCHEMA, RunningShape, owner)
+            if header["set"] == split:
+                running.restore(tensors, header, self.folder.state_file)
+        return running
+
+    def _empty_set(self, split: str, manifest: Manifest) -> RunningSet:
         keep_rows = keeps_rows(self.settings, self.shape, manifest)
         rows_in = row_folder(self.folder.stats_file(split)) if self.folder is not None and keep_rows else None
         builder = self._builder(split, keep_rows, rows_in)
         mask = self.matched if split == "train" and self.matched is not None and not self.matched.all() else None
-        running = RunningSet(
+        return RunningSet(
             manifest,
             builder,
             mask,
@@ -366,12 +427,6 @@ class _Scorer:
             ImageLosses.zero(len(manifest), self.settings.unconditional) if self.settings.per_image else None,
             unit_update=self.backend.unit_update_,
         )
-        if self.folder is not None and self.folder.state_file.exists():
-            owner = {"run": run_id(self.identity)}
-            tensors, header = read_tensors(self.folder.state_file, STATE_SCHEMA, owner=owner)
-            if header.get("set") == split:
-                running.restore(tensors, header)
-        return running
 
     def _builder(self, split: str, keep_rows: bool, rows_in: Path | None) -> StatsBuilder:
         names = [s.name for s in self.segments]
@@ -403,6 +458,66 @@ class _Scorer:
                     self._save(split, running)
                     raise interruption.stopped
             self._save(split, running)
+
+    def _help(self, split: str, source: ImageSource, manifest: Manifest, units: list[WorkUnit]) -> None:
+        """Compute work units of a set for the leading rank, until it has written the set's results."""
+        assert self.ranks is not None
+        self._share_units(split, source, self._empty_set(split, manifest), units)
+        self.ranks.wait_for(self.ranks.key(f"{split}/saved"))
+
+    def _queue(self, split: str, units: int) -> WorkQueue:
+        assert self.ranks is not None
+        return WorkQueue(self.ranks, split, units, bounded=True)
+
+    def _share_units(self, split: str, source: ImageSource, running: RunningSet, units: list[WorkUnit]) -> None:
+        """Score work units that no other rank does; in the leading rank, add those of all to the results in order."""
+        assert self.ranks is not None
+        assert self.folder is not None
+        queue, manifest = self._queue(split, len(units)), running.manifest
+        if self.ranks.leads:
+            queue.open(running.units)
+        else:
+            queue.join()
+        with Interruption() as interruption:
+
+            def added(images: int) -> None:
+                self.reporter.advance(images)
+                if time.monotonic() - self.saved > SAVE_SECONDS:
+                    self._save(split, running)
+
+            shared = SharedUnits(
+                queue,
+                units,
+                self.folder.units_folder,
+                running,
+                self._owner(split),
+                self._images_per_batch,
+                lambda: interruption.requested,
+                added,
+            )
+            flow = Flow(shared.batches(), self._images_per_batch, len(manifest) // self.ranks.size)
+            encoded = tokens_of(
+                self.model,
+                source,
+                manifest,
+                flow,
+                self.loaded,
+                self.cache,
+                workers=self.workers,
+                note=self.reporter.note,
+            )
+            for batch in encoded:
+                if len(batch.positions):
+                    running.update(self._see(batch.tokens, batch.positions, manifest), batch.skipped)
+                else:
+                    running.skip(batch.skipped)
+                shared.end_batch()
+                if interruption.requested:
+                    break
+            if self.ranks.leads:
+                self._save(split, running)
+            if interruption.requested:
+                raise interruption.stopped
 
     def _save(self, split: str, running: RunningSet) -> None:
         """Save the results of all finished work units; the file before is kept until the new one is complete."""

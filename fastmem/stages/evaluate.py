@@ -180,6 +180,7 @@ def evaluate(
             resume=resume,
             reporter=reporter,
         )
+        reporter.note(", ".join(f"{part} took {seconds:.1f} s" for part, seconds in found.seconds.items()))
         return EvaluationResult(file, _finish(run, in_force, file, found, extractors, references, losses, asked))
 
 
@@ -236,7 +237,6 @@ def _finish(
         **edit.caution,
         "loss_images": {name: images.count for name, images in losses.items()},
         "settings": settings,
-        "seconds": found.seconds,
     }
     if extractors:
         from fastmem.report.sample_pictures import draw_samples

@@ -15,11 +15,11 @@ from fastmem.data.manifest import Manifest
 from fastmem.errors import UsageError
 from fastmem.extraction.association import find_associations
 from fastmem.extraction.attack import BATCH_ROWS
-from fastmem.extraction.candidates import TOP_PER_CLASS, collect_losses
+from fastmem.extraction.candidates import TOP_PER_CLASS, collect_losses, progress_file
 from fastmem.extraction.extract import Extraction, check_prefixes
 from fastmem.extraction.extract import extract as attack_and_judge
 from fastmem.extraction.verdicts import Judge, SSCDJudge
-from fastmem.files import write_json
+from fastmem.files import read_table, write_json
 from fastmem.index.build import default_index_folder
 from fastmem.index.search import EmbeddingIndex
 from fastmem.mitigation.edit_file import EditPlan
@@ -37,6 +37,22 @@ if TYPE_CHECKING:
 SCHEMA = "fastmem.extraction/1"
 # what the pictures of a page are decoded from
 COMPLETIONS = "completions.safetensors"
+# the columns of a table of verdicts that are never empty
+VERDICT_COLUMNS = {
+    "id": "int64",
+    "set": "string",
+    "class": "string",
+    "label": "int64",
+    "name": "string",
+    "candidate": "bool",
+    "matched": "bool",
+    "candidate_score": "float",
+    "prefix": "int32",
+    "token_match": "double",
+    "similarity": "float",
+    "extracted": "bool",
+    "group": "int64",
+}
 
 
 @dataclass(frozen=True)
@@ -48,7 +64,7 @@ class ExtractSettings:
         top_per_class: candidates of every class.
         judge: name of who decides.
         threshold: above this similarity a target counts as extracted.
-        index: file of the vectors that were searched; None without an index.
+        index: id of the index that was searched; None without an index.
         batch_size: rows of tokens that are completed at once.
         dtype: the generator's.
         device: kind of device.
@@ -88,10 +104,17 @@ class ExtractionResult(StageResult):
 
     @property
     def verdicts(self) -> pyarrow.Table:
-        """One row for every target and prefix; ``write_verdicts`` says what the columns are."""
-        from pyarrow import parquet
+        """One row for every target and prefix; ``write_verdicts`` says what the columns are.
 
-        return parquet.read_table(self.path / "verdicts.parquet", partitioning=None)
+        Raises: InputFileError where the file is missing or damaged, or is another extraction's.
+        """
+        owner = _table_owner(self.document["run_id"], self.document["settings"])
+        return read_table(self.path / "verdicts.parquet", "verdicts", VERDICT_COLUMNS, owner, more=True)
+
+
+def _table_owner(run: str, settings: dict[str, Any]) -> dict[str, str]:
+    """Entries of a table of verdicts that say which extraction it is of."""
+    return {"fastmem.run": run, "fastmem.settings": settings_digest(settings)}
 
 
 def extract(
@@ -143,7 +166,7 @@ def extract(
             top_per_class,
             chosen.name,
             chosen.threshold,
-            None if searched is None else searched.header.vectors_file,
+            None if searched is None else searched.header.id,
             batch_size,
             **run.weights(),
         )
@@ -153,9 +176,10 @@ def extract(
             file = folder / "result.json"
             if file.exists():
                 reporter.note(f"{folder} has this extraction already")
-                return ExtractionResult(
-                    folder, read_document(file, SCHEMA, DocumentShape, {"run_id": run.id, "settings": asked})
-                )
+                document = read_document(file, SCHEMA, DocumentShape, {"run_id": run.id, "settings": asked})
+                # they stay where a process is killed between its last two steps
+                shutil.rmtree(folder / "units", ignore_errors=True)
+                return ExtractionResult(folder, document)
             if (folder / "settings.json").exists() and not resume:
                 raise UsageError(
                     f"expected no unfinished extraction in {folder}, got one: go on with --resume, or remove the folder"
@@ -187,7 +211,8 @@ def find_index(
         judge: who decides; one that compares tokens searches nothing.
         reporter: is told where images are missing from the index, or the index itself.
 
-    Raises: UsageError for an index without an embedder, or of another one; InputFileError for a damaged one.
+    Raises: UsageError for an index without an embedder, of another one, or of other images;
+    InputFileError for a damaged one.
     """
     path = index.path if isinstance(index, IndexResult) else index
     if not isinstance(judge, SSCDJudge):
@@ -210,6 +235,11 @@ def find_index(
     opened = EmbeddingIndex(Path(path), str(run.model.device), reporter.note)
     opened.check_embedder(judge.embedder)
     missing = int((~opened.contains(run.manifests["train"].ids)).sum())
+    if missing == len(run.manifests["train"]):
+        raise UsageError(
+            f"expected an index of the training set, got {path}, which has none of its images: name another one, or "
+            "leave it out"
+        )
     if missing:
         reporter.note(f"{missing:,} of {len(run.manifests['train']):,} training images are not in the index {path}")
     return opened
@@ -245,6 +275,9 @@ def candidate_scores(run: OpenedRun, workers: int | None = None, reporter: Repor
                 owner=run.owner(split),
                 reporter=reporter,
             )
+    for split in run.manifests:
+        # a pass that was killed between its last two steps
+        progress_file(run.folder.losses_file(split)).unlink(missing_ok=True)
     return {split: losses.hits for split in run.manifests if (losses := run.losses(split)) is not None}
 
 
@@ -319,10 +352,10 @@ def _finish(
         "pictures": [str(grid), str(histogram)],
     }
     title = edit.title(run.model)
-    write_verdicts(table, found, run.manifests)
+    write_verdicts(table, found, run.manifests, _table_owner(run.id, settings))
     write_completions(folder / COMPLETIONS, found, run.id)
     draw_extractions(grid, run.model, run.sources["train"], found, title)
     draw_similarities(histogram, found, title)
     write_json(folder / "result.json", {"schema": SCHEMA} | document)
-    shutil.rmtree(folder / "units")
+    shutil.rmtree(folder / "units", ignore_errors=True)
     return document

@@ -115,10 +115,10 @@ def mitigate(
     path = edit_path(run.folder, name or settings.name)
     if by == ATTRIBUTION:
         selection, chosen_on, chosen_against = _choose_by_attribution(run, settings, reporter)
-        plan = EditPlan.of(run.model, selection, factor, chosen_on, chosen_against, name=path.stem)
+        plan = EditPlan.of(run.model, selection, factor, chosen_on, chosen_against, path.stem, run.id)
     else:
         selection = select(run.train, top, by, scope, merge, seed, heldout=run.heldout if by == "gap" else None)
-        plan = EditPlan.of(run.model, selection, factor, name=path.stem)
+        plan = EditPlan.of(run.model, selection, factor, name=path.stem, run=run.id)
     keep_edit(plan, path)
     if target is not None:
         with plan.apply(run.model):
@@ -174,10 +174,13 @@ def _choose_by_attribution(
 
 
 def keep_edit(plan: EditPlan, path: Path) -> None:
-    """Write an edit's file. Raises: UsageError where another edit of that name is there."""
+    """Write an edit's file.
+
+    Raises: UsageError where another edit of that name is there; InputFileError where one of another run is.
+    """
     if not path.exists():
         plan.save(path)
-    elif not EditPlan.load(path).equals(plan):
+    elif not EditPlan.load(path, plan.run).equals(plan):
         raise UsageError(f"expected a new name for the edit, got {path.stem}, which is another one: give it a --name")
 
 

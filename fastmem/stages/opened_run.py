@@ -15,7 +15,7 @@ import numpy as np
 from fastmem.data.manifest import Manifest
 from fastmem.data.sources import EMBEDDED, IN_MEMORY, ImageSource, embedded_source, open_source
 from fastmem.errors import InputFileError, UsageError
-from fastmem.files import check_owner, read_json
+from fastmem.files import STALE_SECONDS, check_owner, read_json, remove_leftovers
 from fastmem.mitigation.edit_file import EditPlan, load_edit
 from fastmem.models.checkpoints import load_model
 from fastmem.models.model import Model
@@ -136,7 +136,7 @@ def edited(run: OpenedRun, edit: str | EditPlan | None, reporter: Reporter = SIL
     if edit is None:
         yield EditInForce()
         return
-    plan = edit if isinstance(edit, EditPlan) else load_edit(run.folder, edit)
+    plan = edit if isinstance(edit, EditPlan) else load_edit(run.folder, edit, run.id)
     label = plan.name or "edit"
     with plan.apply(run.model):
         reporter.note(CAUTION)
@@ -212,6 +212,9 @@ def open_run(
     }
     manifests = {split: manifest.found_in(sources[split]) for split, manifest in manifests.items()}
     cache = TokenCache.open(inputs.token_cache, model, reporter.note)
+    # several processes may write there, so that only what nobody has touched for long is known to be left over
+    for place in (folder.path, *([] if cache is None else [cache.folder])):
+        remove_leftovers(place, STALE_SECONDS)
     return OpenedRun(folder, identity, model, sources, manifests, cache)
 
 

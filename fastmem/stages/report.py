@@ -11,16 +11,16 @@ import msgspec
 
 from fastmem.errors import InputFileError, UsageError
 from fastmem.files import read_json
-from fastmem.mitigation.edit_file import EditPlan
+from fastmem.mitigation.edit_file import load_edit
 from fastmem.ranking.gap import Gap, gap
-from fastmem.report.extraction_report import read_completions, read_verdicts
+from fastmem.report.extraction_report import keep_verdicts, read_completions
 from fastmem.report.page.documents import EvaluationDocument, ExtractionDocument, ScoreDocument, SweepDocument
 from fastmem.report.page.page import write_page
 from fastmem.report.page.story import FinishedExtraction, Story
 from fastmem.reporter import SILENT, Reporter
 from fastmem.runs.folder import RESULT_SCHEMA, RunInputs
 from fastmem.stages import evaluate, extract, sweep
-from fastmem.stages.extract import COMPLETIONS
+from fastmem.stages.extract import COMPLETIONS, ExtractionResult
 from fastmem.stages.opened_run import CAUTION, OpenedRun
 
 Document = TypeVar("Document")
@@ -93,7 +93,7 @@ def read_story(run: OpenedRun) -> Story:
         score=_read(folder.result_file, RESULT_SCHEMA, ScoreDocument, owner),
         extractions=tuple(sorted(extractions, key=_first)),
         evaluations=tuple(sorted(evaluations, key=lambda e: e.edit is not None)),
-        edits=tuple(EditPlan.load(path) for path in sorted(folder.edits_folder.glob("*.safetensors"))),
+        edits=tuple(load_edit(folder, path.stem, run.id) for path in sorted(folder.edits_folder.glob("*.safetensors"))),
         sweep=_read(swept, sweep.SCHEMA, SweepDocument, owner) if swept.exists() else None,
         unfinished=tuple(str(path) for path in folders if not (path / "result.json").exists()),
         caution=CAUTION,
@@ -111,7 +111,8 @@ def _read(path: Path, schema: str, kind: type[Document], owner: Mapping[str, Any
 
 
 def _extraction(run: OpenedRun, path: Path) -> FinishedExtraction:
-    document = _read(path / "result.json", extract.SCHEMA, ExtractionDocument, {"run_id": run.id})
+    entries = read_json(path / "result.json", extract.SCHEMA, ExtractionDocument, {"run_id": run.id})
+    document = msgspec.convert(entries, ExtractionDocument)
     keys = [str(prefix) for prefix in document.prefixes]
     if not keys or any(set(counted) != set(keys) for counted in document.by_prefix):
         raise InputFileError(
@@ -119,7 +120,8 @@ def _extraction(run: OpenedRun, path: Path) -> FinishedExtraction:
             "others: extract again"
         )
     counts = {prefix: document.extracted[str(prefix)] for prefix in document.prefixes}
-    verdicts = read_verdicts(path / "verdicts.parquet", counts, document.threshold, run.manifests)
+    table = ExtractionResult(path, entries).verdicts
+    verdicts = keep_verdicts(table, path / "verdicts.parquet", counts, document.threshold, run.manifests)
     kept = path / COMPLETIONS
     completions = read_completions(kept, run.id, verdicts) if kept.exists() else None
     return FinishedExtraction(path.name, document, verdicts, completions)

@@ -11,11 +11,13 @@ from typing import Any
 
 from fastmem.data.loading import check_readable
 from fastmem.data.sources import ImageSource
+from fastmem.errors import UsageError
+from fastmem.files import read_json
 from fastmem.models.model import Model
-from fastmem.report.score_report import ScoreFindings, write_report
+from fastmem.report.score_report import ScoreFindings, find, write_report
 from fastmem.reporter import SILENT, Reporter
-from fastmem.runs.folder import RunFolder, RunInputs, run_id
-from fastmem.runs.owner import owned
+from fastmem.runs.folder import RESULT_SCHEMA, RunFolder, RunInputs, run_id
+from fastmem.runs.ranks import current_ranks, shared, was_restarted
 from fastmem.scoring.score import ScoreResult, score_images
 from fastmem.scoring.settings import BATCH_VIEWS, ScoreSettings
 from fastmem.tokens.cache import AUTO, OFF
@@ -106,7 +108,10 @@ def score(
         per_image,
         unconditional,
     )
-    with owned(Path(out), "score") if out is not None else nullcontext():
+    if out is None and current_ranks() is not None:
+        raise UsageError("expected a run folder that all ranks of the job share, got none: name it with out=")
+    with shared(Path(out), "score") if out is not None else nullcontext() as ranks:
+        resume = resume or was_restarted()
         found = score_images(
             model,
             {"train": source} | ({} if heldout is None else {"heldout": heldout}),
@@ -117,12 +122,20 @@ def score(
             check_classes=check_classes,
             workers=workers,
             token_cache=None if token_cache is None else os.fspath(token_cache),
-            reporter=reporter,
+            reporter=reporter if ranks is None or ranks.leads else SILENT,
+            ranks=ranks,
         )
         if out is None:
             return found
         check_readable(source, len(found.skipped), found.train.count, next(iter(found.skipped), None))
         folder = RunFolder(Path(out))
+        if ranks is not None and not ranks.leads:
+            ranks.wait_for(ranks.key("end"))
+            return ScoredRun(
+                **{f.name: getattr(found, f.name) for f in fields(found)},
+                findings=find(found),
+                document=read_json(folder.result_file, RESULT_SCHEMA),
+            )
         _inputs(model, source, heldout, token_cache).save(folder, run_id(folder.identity()))
         document, findings = write_report(model, source, folder, found, settings, pictures)
         return ScoredRun(

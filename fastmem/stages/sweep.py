@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -302,7 +302,7 @@ def _keep_row(work: _Sweep, row: Row) -> str:
     name = default_name(row.by, row.fraction, row.scope, row.merge, row.factor, row.seed)
     name = "-".join(["search", name, *["graded"] * row.graded, *[f"{row.rounds}rounds"] * (row.rounds > 1)])
     # halves, draws and statistics are the sweep's: another one's edit of the same recipe is another edit
-    plan = work.prepared.bench.plan(row)
+    plan = replace(work.prepared.bench.plan(row), run=work.run.id)
     digest = hashlib.sha256(plan.unit.numpy().tobytes() + plan.factor.numpy().tobytes()).hexdigest()[:8]
     keep_edit(plan, edit_path(work.run.folder, f"{name}-{digest}"))
     return f"{name}-{digest}"
@@ -332,4 +332,5 @@ def _attack_again(work: _Sweep, rows: Sequence[Row]) -> list[ReAttack]:
             run.cache,
         )
 
-    return attack_edits_again(make_attacker, rows, prepared.bench, work.folder.path / "re-attacks", work.reporter)
+    folder = work.folder.path / "re-attacks"
+    return attack_edits_again(make_attacker, rows, prepared.bench, folder, work.reporter, work.table.sweep)

@@ -17,10 +17,10 @@ from torch import Tensor
 from fastmem.backends.select import UnitUpdate
 
 LARGEST = 4
-# the names of their tensors in files
-ROW_TENSORS = ("mean", "m2", "largest", "image")
-SUMMARY_TENSORS = ("total", "largest", "within", "within_image")
-FOLD_TENSORS = ("mean", "m2", "view", "top_value", "top_image")
+# the names of their tensors in files, with the dtypes
+ROW_TENSORS = {"mean": "float64", "m2": "float64", "largest": "float32", "image": "int64"}
+SUMMARY_TENSORS = {"total": "float64", "largest": "float64", "within": "float64", "within_image": "int64"}
+FOLD_TENSORS = {"mean": "float64", "m2": "float64", "view": "float64", "top_value": "float32", "top_image": "int64"}
 
 Shape = tuple[int, int, int]
 
@@ -121,17 +121,58 @@ class Largest:
             image_ids: int64 [n].
         """
         values = responses.movedim(0, -1)
-        return self.merge(Largest(values, image_ids.to(values.device).expand(values.shape)))
+        return self._chosen(values, image_ids.to(values.device).expand(values.shape))
 
-    def merge(self, other: Largest) -> Largest:
-        """The k largest responses of two sets of images together."""
-        value = torch.cat([self.value, other.value], -1)
-        image = torch.cat([self.image, other.image], -1)
+    def _chosen(self, values: Tensor, images: Tensor) -> Largest:
+        """The k largest of these and of others in any order, float32 and int64 [layers,segments,units,n]."""
+        value = torch.cat([self.value, values], -1)
+        image = torch.cat([self.image, images], -1)
         # two stable sorts order by value, then by id
         by_id = image.argsort(dim=-1, stable=True)
         value, image = value.gather(-1, by_id), image.gather(-1, by_id)
         by_value = value.argsort(dim=-1, descending=True, stable=True)[..., : self.value.shape[-1]]
         return Largest(value.gather(-1, by_value), image.gather(-1, by_value))
+
+    def merge(self, other: Largest) -> Largest:
+        """The k largest responses of two sets of images together."""
+        k = self.value.shape[-1]
+        if other.value.shape[-1] != k or k & (k - 1):
+            return self._chosen(other.value, other.image)
+        # after many images, few units find a response among the largest that is not there already
+        changed = (other.value[..., 0] >= self.value[..., -1]).flatten().nonzero()[:, 0]
+        if len(changed) > self.value[..., 0].numel() // 4:
+            return self._merge_sorted(other)
+        value, image = self.value.flatten(0, -2).clone(), self.image.flatten(0, -2).clone()
+        theirs = Largest(other.value.flatten(0, -2)[changed], other.image.flatten(0, -2)[changed])
+        merged = Largest(value[changed], image[changed])._merge_sorted(theirs)
+        value[changed], image[changed] = merged.value, merged.image
+        return Largest(value.view(self.value.shape), image.view(self.image.shape))
+
+    def _merge_sorted(self, other: Largest) -> Largest:
+        k = self.value.shape[-1]
+        # both are sorted: the larger of each and its opposite are the k largest, first falling and then rising, which a
+        # bitonic network sorts many times as fast as a sort does
+        mine = list(zip(self.value.unbind(-1), self.image.unbind(-1), strict=True))
+        theirs = list(zip(other.value.unbind(-1), other.image.unbind(-1), strict=True))
+        rows = [_in_order(one, two)[0] for one, two in zip(mine, reversed(theirs), strict=True)]
+        gap = k // 2
+        while gap:
+            for low in (i for i in range(k) if not i & gap):
+                rows[low], rows[low + gap] = _in_order(rows[low], rows[low + gap])
+            gap //= 2
+        return Largest(torch.stack([value for value, _ in rows], -1), torch.stack([image for _, image in rows], -1))
+
+
+# responses and the images that gave them
+Pair = tuple[Tensor, Tensor]
+
+
+def _in_order(one: Pair, two: Pair) -> tuple[Pair, Pair]:
+    """At each place the larger response first, and of equal ones that of the smaller image id."""
+    swapped = (two[0] > one[0]) | ((two[0] == one[0]) & (two[1] < one[1]))
+    first = torch.where(swapped, two[0], one[0]), torch.where(swapped, two[1], one[1])
+    second = torch.where(swapped, one[0], two[0]), torch.where(swapped, one[1], two[1])
+    return first, second
 
 
 @dataclass

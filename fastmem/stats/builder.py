@@ -6,16 +6,27 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial, reduce
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
+import msgspec
 import torch
 from torch import Tensor
 
 from fastmem.data.manifest import FOLDS
-from fastmem.errors import UsageError
+from fastmem.errors import InputFileError, UsageError
 from fastmem.stats.accumulators import LARGEST, ClassRow, ClassSummary, Fold, Shape
 from fastmem.stats.class_rows import ClassRows, write_rows
-from fastmem.stats.statistics import UnitStats, merge_folds
+from fastmem.stats.statistics import Count, Label, UnitStats, merge_folds
+
+
+class StateShape(TypedDict):
+    """The JSON values of a builder's state; the lists have an entry for each fold, and one more for the whole."""
+
+    counts: Annotated[list[Count], msgspec.Meta(min_length=FOLDS, max_length=FOLDS)]
+    summary_counts: Annotated[list[Count], msgspec.Meta(min_length=FOLDS + 1, max_length=FOLDS + 1)]
+    class_counts: Annotated[list[dict[Label, Count]], msgspec.Meta(min_length=FOLDS, max_length=FOLDS)]
+    open_label: Annotated[int, msgspec.Meta(ge=0)] | None
+    open_counts: Annotated[list[Count], msgspec.Meta(max_length=FOLDS)]
 
 
 class StatsBuilder:
@@ -157,6 +168,19 @@ class StatsBuilder:
             "open_counts": [row.moments.count for row in self.open_rows],
         }
         return tensors, header
+
+    def expected(self, header: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Tensors of the shapes and dtypes that a state with these JSON values must have, by name.
+
+        Raises: InputFileError where the values do not fit each other.
+        """
+        folds = 0 if header["open_label"] is None else FOLDS
+        if len(header["open_counts"]) != folds:
+            raise InputFileError(f"expected {folds} counts of the open class, got {len(header['open_counts'])}")
+        found, _ = StatsBuilder(self.shape, self.segments, self.class_only, k=self.k).state()
+        for i in range(folds):
+            found |= ClassRow.zero(self.shape).to_tensors(f"open{i}.")
+        return found
 
     def restore(self, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
         """Go on from the tensors and the JSON values that ``state`` of a builder with equal settings gave."""

@@ -13,8 +13,8 @@ import msgspec
 import torch
 
 from fastmem.errors import InputFileError
-from fastmem.files import read_tensors, write_tensors
-from fastmem.stats.accumulators import ClassRow
+from fastmem.files import check_finite, check_tensors, read_tensors, write_tensors
+from fastmem.stats.accumulators import ROW_TENSORS, ClassRow
 
 ROW_SCHEMA = "fastmem.class-row/2"
 
@@ -23,7 +23,7 @@ class RowShape(TypedDict):
     """The header of a class's file; ``counts`` has the number of images of every fold."""
 
     label: int
-    counts: list[Annotated[int, msgspec.Meta(ge=0)]]
+    counts: list[Annotated[int, msgspec.Meta(ge=0, le=2**53)]]
 
 
 @dataclass(frozen=True)
@@ -114,12 +114,10 @@ def read_row(folder: Path, fold: int, label: int, owner: Mapping[str, Any] | Non
             f"expected the row of class {label}, fold {fold} in {path}, got class {header['label']} with "
             f"{len(header['counts'])} folds: were the files renamed?"
         )
-    try:
-        return ClassRow.from_tensors({name: tensor[fold] for name, tensor in tensors.items()}, header["counts"][fold])
-    except (KeyError, IndexError, RuntimeError) as error:
-        raise InputFileError(
-            f"expected a whole class row in {path}, got a damaged one ({error}): score again"
-        ) from error
+    shape = (len(header["counts"]), "layers", "segments", "units")
+    check_tensors(path, tensors, {name: (dtype, shape) for name, dtype in ROW_TENSORS.items()})
+    check_finite(path, tensors)
+    return ClassRow.from_tensors({name: tensor[fold] for name, tensor in tensors.items()}, header["counts"][fold])
 
 
 def _row_file(folder: Path, label: int) -> Path:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from fastmem.errors import InputFileError, UsageError
-from fastmem.files import check_owner, read_tensors, write_tensors
-from fastmem.stats.accumulators import ClassRow, ClassSummary, Fold, Shape, contrast
+from fastmem.files import check_finite, check_owner, check_tensors, read_tensors, write_tensors
+from fastmem.stats.accumulators import FOLD_TENSORS, SUMMARY_TENSORS, ClassRow, ClassSummary, Fold, Shape, contrast
 from fastmem.stats.class_rows import ClassRows, owner_of, row_folder, write_rows
 
 SCHEMA = "fastmem.unit-stats/2"
@@ -248,12 +248,12 @@ class UnitStats:
         tensors, header = read_tensors(path, SCHEMA, HeaderShape)
         check_owner(header["origin"], path, owner)
         _check_counts(path, header)
-        try:
-            return _read_stats(tensors, header, path)
-        except (KeyError, ValueError, RuntimeError, TypeError) as error:
-            raise InputFileError(
-                f"expected whole statistics ({SCHEMA}) in {path}, got damaged ones ({error}): score again"
-            ) from error
+        expected = _expected(header, "", len(header["segments"]))
+        if "matched" in header:
+            expected |= _expected(header["matched"], MATCHED, len(header["segments"]))
+        check_tensors(path, tensors, expected)
+        check_finite(path, tensors, ("top_value",))
+        return _read_stats(tensors, header, path)
 
     def _merge_flat(self, other: UnitStats) -> UnitStats:
         return UnitStats(
@@ -324,12 +324,17 @@ def _pack(stats: UnitStats, prefix: str) -> tuple[dict[str, Tensor], dict[str, A
     return {name: tensor.clone() for name, tensor in tensors.items()}, header
 
 
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+# a class's label is a key of a JSON object
+Label = Annotated[str, msgspec.Meta(pattern=r"^[0-9]{1,18}$")]
+
+
 class PartShape(TypedDict):
     """What a header says of one set of statistics; every list has an entry for each fold."""
 
-    counts: list[Annotated[int, msgspec.Meta(ge=0)]]
-    class_counts: list[dict[Annotated[str, msgspec.Meta(pattern=r"^\d{1,18}$")], Annotated[int, msgspec.Meta(ge=0)]]]
-    summaries: list[Annotated[int, msgspec.Meta(ge=0)] | None]
+    counts: list[Count]
+    class_counts: list[dict[Label, Count]]
+    summaries: list[Count | None]
 
 
 class MatchedShape(TypedDict, total=False):
@@ -345,6 +350,20 @@ class HeaderShape(PartShape, MatchedShape):
     class_only: list[str]
     class_rows: bool
     origin: dict[str, Any]
+
+
+def _expected(part: Mapping[str, Any], prefix: str, segments: int) -> dict[str, tuple[str, tuple[int | str, ...]]]:
+    """Return dtype and shape of the tensors that belong to a header, or to the part of it for the matched images."""
+    shape = ("layers", segments, "units")
+    found: dict[str, tuple[str, tuple[int | str, ...]]] = {}
+    for i in range(len(part["counts"])):
+        found |= {f"{prefix}fold{i}.{name}": (dtype, shape) for name, dtype in FOLD_TENSORS.items()}
+        found |= {f"{prefix}fold{i}.{name}": (FOLD_TENSORS[name], (*shape, "k")) for name in ("top_value", "top_image")}
+    names = ("whole", *(f"fold{i}" for i in range(len(part["counts"]))))
+    for name, count in zip(names, part["summaries"], strict=True):
+        if count is not None:
+            found |= {f"{prefix}{name}.classes.{entry}": (dtype, shape) for entry, dtype in SUMMARY_TENSORS.items()}
+    return found
 
 
 def _check_counts(path: Path, header: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,8 @@ TUNED_ROUNDS = 2_000
 @dataclass(frozen=True)
 class Difference:
     """The number of targets extracted under one edit minus the number under another edit.
+
+    Interval and p-value are NaN, undefined, where the targets are of one class only.
 
     Attributes:
         value: the difference.
@@ -61,7 +64,8 @@ def paired_bootstrap(
     per_class = [_class_sums(side, classes) for side in sides]
     drawn = _draw_classes(rng, per_class[0].shape[1], rounds)
     mine, theirs = (_totals(drawn, _mean_over_seeds(sums, _draw_seeds(rng, len(sums), rounds))) for sums in per_class)
-    return _difference(float(sides[0].mean(0).sum() - sides[1].mean(0).sum()), mine - theirs)
+    value = float(sides[0].mean(0).sum() - sides[1].mean(0).sum())
+    return _difference(value, mine - theirs, drawn.shape[1])
 
 
 def _class_sums(outcomes: np.ndarray, classes: np.ndarray) -> np.ndarray:
@@ -92,8 +96,14 @@ def _totals(drawn: np.ndarray, sums: np.ndarray) -> np.ndarray:
     return np.einsum("rc,rc->r", drawn, sums)
 
 
-def _difference(value: float, found: np.ndarray) -> Difference:
-    """Return a difference with interval and p-value from the differences in the bootstrap rounds, float64 [rounds]."""
+def _difference(value: float, found: np.ndarray, classes: int) -> Difference:
+    """Return a difference with interval and p-value from the differences in the bootstrap rounds, float64 [rounds].
+
+    ``classes`` is the number of classes that the rounds drew from.
+    """
+    if classes < 2:
+        # every draw from one class is that class
+        return Difference(value, math.nan, math.nan, math.nan)
     low, high = np.quantile(found, ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
     # the measured difference counts as one more round, so that no p-value is 0
     tails = [
@@ -104,7 +114,10 @@ def _difference(value: float, found: np.ndarray) -> Difference:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Return p-values corrected for testing several hypotheses at once, by the step-down method of Holm (1979)."""
+    """Return p-values corrected for testing several hypotheses at once, by the step-down method of Holm (1979).
+
+    One that is NaN, undefined, stays so.
+    """
     order = np.argsort(p_values, kind="stable")
     corrected = np.empty(len(p_values))
     remaining = len(p_values) - np.arange(len(p_values))
@@ -220,4 +233,4 @@ def equal_quality_bootstrap(
         rivals = equal_quality(costs[0][i], factors, [c[i] for c in costs[1:]], [t[i] for t in totals[1:]])
         found[i] = totals[0][i] - float(rivals.extracted)
     value = float(np.mean(edit.extracted, axis=0, dtype=np.float64).sum() - tuned.extracted.sum())
-    return _difference(value, found)
+    return _difference(value, found, drawn.shape[1])

@@ -58,7 +58,8 @@ class Findings:
         }
 
     def _record(self, m: Measured) -> dict[str, Any]:
-        record = asdict(m.row) | {"units": m.units, "seconds": m.seconds, "missing": m.missing}
+        # without the seconds, which the row's file has: equal results make equal tables
+        record = asdict(m.row) | {"units": m.units, "missing": m.missing}
         if m.missing:
             return record | {"extracted": None, "reported": None, "by_prefix": {}, "by_group": {}, "metrics": {}}
         extracted = self.targets.extracted(m)

@@ -7,17 +7,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
+import msgspec
 import numpy as np
 
 from fastmem.data.manifest import Manifest
 from fastmem.data.sources import ImageSource
 from fastmem.data.views import Mirrored, Views
 from fastmem.extraction.attack import attack
-from fastmem.extraction.candidates import Targets, collect_losses, find_targets, highest_per_class
+from fastmem.extraction.candidates import (
+    Targets,
+    collect_losses,
+    find_targets,
+    highest_per_class,
+    progress_file,
+)
 from fastmem.extraction.verdicts import Judge
 from fastmem.files import read_json, write_json
 from fastmem.mitigation.scaling import Units, scale_units
@@ -30,9 +37,12 @@ from fastmem.sweep.table import RowUnavailable
 from fastmem.tokens.cache import TokenCache
 from fastmem.tokens.true_images import read_true_images
 
-SCHEMA = "fastmem.re-attack/1"
+SCHEMA = "fastmem.re-attack/2"
 # prefix lengths as shares of an image's tokens: one below and two above that of the usual attack, about an eighth
 PREFIX_SHARES = (1 / 16, 1 / 4, 1 / 2)
+
+
+Count = Annotated[int, msgspec.Meta(ge=0, le=2**53)]
 
 
 class Editor(Protocol):
@@ -48,7 +58,7 @@ class Approach:
 
     name: str
     targets: Targets
-    prefix: int
+    prefix: Count
 
 
 @dataclass(frozen=True)
@@ -64,10 +74,10 @@ class Attempt:
     """
 
     approach: str
-    prefix: int
-    targets: int
-    before: int
-    after: int
+    prefix: Count
+    targets: Count
+    before: Count
+    after: Count
 
 
 @dataclass(frozen=True)
@@ -82,9 +92,9 @@ class Rescaling:
     """
 
     knows: str
-    found: int
-    wrong: int
-    extracted: int
+    found: Count
+    wrong: Count
+    extracted: Count
 
 
 @dataclass(frozen=True)
@@ -100,7 +110,7 @@ class ReAttack:
     """
 
     row: Row
-    units: int
+    units: Count
     attempts: tuple[Attempt, ...]
     rescalings: tuple[Rescaling, ...]
 
@@ -109,10 +119,27 @@ class ReAttack:
         return asdict(self)
 
     @classmethod
-    def of(cls, record: dict[str, Any]) -> ReAttack:
-        """Return the results from a dictionary that ``record`` made."""
-        attempts = tuple(Attempt(**a) for a in record["attempts"])
-        return cls(Row(**record["row"]), record["units"], attempts, tuple(Rescaling(**r) for r in record["rescalings"]))
+    def load(cls, path: Path, row: Row, sweep: str) -> ReAttack:
+        """Read the results of one edit from the file that `save` wrote.
+
+        Raises: InputFileError where it is missing or damaged, or holds another edit or one of another sweep.
+        """
+        record = read_json(path, SCHEMA, cls, {"sweep": sweep, "row": asdict(row)})
+        attempts = tuple(Attempt(**_known(Attempt, entry)) for entry in record["attempts"])
+        rescalings = tuple(Rescaling(**_known(Rescaling, entry)) for entry in record["rescalings"])
+        return cls(row, record["units"], attempts, rescalings)
+
+    def save(self, path: Path, sweep: str) -> None:
+        """Write the results to a file; ``sweep`` is the id of what all edits of a sweep have in common.
+
+        Raises: UsageError where the folder cannot be written.
+        """
+        write_json(path, {"schema": SCHEMA, "sweep": sweep, **self.record()})
+
+
+def _known(kind: type[Any], entry: dict[str, Any]) -> dict[str, Any]:
+    """Return the entries that a dataclass has; others may stand beside them."""
+    return {field.name: entry[field.name] for field in fields(kind)}
 
 
 class Attacker:
@@ -157,6 +184,7 @@ class Attacker:
         editor: Editor,
         state: Path | None = None,
         reporter: Reporter = SILENT,
+        sweep: str = "",
     ) -> ReAttack:
         """Attack one edit in every way.
 
@@ -166,12 +194,13 @@ class Attacker:
             state: file where the pass that looks for other candidates among all images is saved, so that it can be
                 resumed; None saves nothing.
             reporter: is given the number of images that this pass has done.
+            sweep: id of what all edits have in common, which the saved pass carries.
 
         Raises: RowUnavailable where the units of the edit cannot be chosen.
         """
         with editor.edited(row) as units:
             after = [self._count(approach) for approach in self.approaches]
-            others = self._other_candidates(state, reporter)
+            others = self._other_candidates({"sweep": sweep, "edit": row.key}, state, reporter)
             others_after = self._count(others)
             rescalings = tuple(self._rescalings(row, units))
         counts = [*zip(self.approaches, self.before, after, strict=True), (others, self._count(others), others_after)]
@@ -203,14 +232,14 @@ class Attacker:
         found = read_true_images(self.model, self.source, self.manifest, positions, recipe=recipe, cache=self.cache)
         return replace(targets.take(np.isin(targets.ids, found.ids)), tokens=found.tokens)
 
-    def _other_candidates(self, state: Path | None = None, reporter: Reporter = SILENT) -> Approach:
+    def _other_candidates(self, owner: dict[str, str], state: Path | None, reporter: Reporter) -> Approach:
         """Return an attack on the best candidates of the edited model, without images that units were chosen on."""
         if state is not None and state.exists():
-            hits = ImageLosses.load(state, self.manifest.hash).hits
+            hits = ImageLosses.load(state, self.manifest.hash, owner).hits
             reporter.advance(len(self.manifest))
         else:
             hits = collect_losses(
-                self.model, self.source, self.manifest, state, cache=self.cache, reporter=reporter
+                self.model, self.source, self.manifest, state, cache=self.cache, owner=owner, reporter=reporter
             ).hits
         hits[np.isin(self.manifest.ids, self.chosen_by)] = np.nan
         positions = highest_per_class(self.manifest, hits)
@@ -252,6 +281,7 @@ def attack_edits_again(
     editor: Editor,
     folder: Path,
     reporter: Reporter = SILENT,
+    sweep: str = "",
 ) -> list[ReAttack]:
     """Attack every edit in all ways, and save the results of each to a file, which later calls read.
 
@@ -263,6 +293,7 @@ def attack_edits_again(
         editor: makes the edits.
         folder: where the files are saved.
         reporter: is given the number of images done in each edit's pass over all training images.
+        sweep: id of what all edits have in common, which the files carry.
 
     Raises: InputFileError where a file is damaged; UsageError where the folder cannot be written; KeyboardInterrupt on
     Ctrl-C, after the progress was saved.
@@ -273,11 +304,13 @@ def attack_edits_again(
         if not file.exists():
             attacker = attacker or make_attacker()
             try:
-                made = attacker.attack_again(row, editor, state, reporter)
+                made = attacker.attack_again(row, editor, state, reporter, sweep)
             # the table of the sweep says why the units cannot be chosen
             except RowUnavailable:
                 continue
-            write_json(file, {"schema": SCHEMA, **made.record()})
-            state.unlink(missing_ok=True)
-        found.append(ReAttack.of(read_json(file, SCHEMA)))
+            made.save(file, sweep)
+        # whoever was killed after writing the file left them
+        for left in (state, progress_file(state)):
+            left.unlink(missing_ok=True)
+        found.append(ReAttack.load(file, row, sweep))
     return found

@@ -44,7 +44,7 @@ RANDOM = Row("random", 0.0, HALVED)
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over seeds with its uncertainty by Student's t distribution.
+    """A mean over seeds with its uncertainty by Student's t distribution, which is NaN, undefined, for one value.
 
     Attributes:
         value: the mean.
@@ -60,7 +60,9 @@ class Estimate:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Estimate:
-        """Return the mean of at least two values with its uncertainty."""
+        """Return the mean of values with its uncertainty."""
+        if len(values) < 2:
+            return cls(float(np.mean(values)), math.nan, math.nan, math.nan)
         mean, error = float(np.mean(values)), float(np.std(values, ddof=1) / math.sqrt(len(values)))
         law = stats.t(len(values) - 1)
         reach = float(law.ppf((1 + LEVEL) / 2)) * error

@@ -7,13 +7,14 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Protocol, TypedDict
+from typing import Annotated, Protocol, TypedDict
 
+import msgspec
 import numpy as np
 import torch
 
 from fastmem.errors import UsageError
-from fastmem.files import check_tensors, read_tensors, write_tensors
+from fastmem.files import check_finite, check_tensors, read_tensors, write_tensors
 from fastmem.reporter import SILENT, Reporter, duration
 from fastmem.runs.interruption import Interruption
 from fastmem.sweep.plan import NO_EDIT, Row
@@ -44,9 +45,9 @@ class Bench(Protocol):
 class HeaderShape(TypedDict):
     """The header of a row's file."""
 
-    metrics: dict[str, float] | None
-    units: int
-    seconds: float
+    metrics: dict[str, float | None] | None
+    units: Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+    seconds: Annotated[float, msgspec.Meta(ge=0)]
     missing: str
 
 
@@ -94,8 +95,11 @@ class Measured:
         owner = {"sweep": sweep, "row": asdict(row)}
         tensors, header = read_tensors(path, SCHEMA, HeaderShape, owner)
         check_tensors(path, tensors, {"similarity": ("float32", ("P", "N"))})
-        known = {name: header[name] for name in ("metrics", "units", "seconds", "missing")}
-        return cls(row, tensors["similarity"].numpy(), **known)
+        check_finite(path, tensors)
+        known = {name: header[name] for name in ("units", "seconds", "missing")}
+        # what is undefined is null in a file
+        metrics = header["metrics"] and {k: float("nan") if v is None else v for k, v in header["metrics"].items()}
+        return cls(row, tensors["similarity"].numpy(), metrics, **known)
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,8 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
-from uuid import uuid4
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -28,12 +27,12 @@ from fastmem.data.manifest import Manifest
 from fastmem.data.sources import DIGEST_BYTES
 from fastmem.data.views import Joined, Views
 from fastmem.errors import InputFileError, UsageError
-from fastmem.files import read_tensors, write_tensors
+from fastmem.files import check_tensors, read_tensors, write_tensors
 from fastmem.home import can_keep, home
 from fastmem.models.model import Model
 from fastmem.reporter import SILENT
 
-SCHEMA = "fastmem.tokens/2"
+SCHEMA = "fastmem.tokens/3"
 SHARD_IMAGES = 64
 # another version of these libraries may decode, resize or encode to slightly different values
 LIBRARIES = ("pillow", "torch", "torchvision")
@@ -44,6 +43,12 @@ AUTO, OFF = "auto", "off"
 Rows = Mapping[int, tuple[bytes, Tensor]]
 
 
+class ShardShape(TypedDict):
+    """The header of a shard, which holds its own name."""
+
+    file: str
+
+
 @dataclass(frozen=True)
 class TokenCache:
     """A cache of the tokens of one tokenizer; it can be pickled, so that worker processes can read it.
@@ -52,13 +57,13 @@ class TokenCache:
         folder: folder of the shard files.
         context: JSON text of everything that tokens depend on, besides the image, its id and the recipe.
         num_tokens: tokens of one view, T.
-        small: whether every token fits into int16; else int32 is used.
+        vocabulary: number of different tokens; where all fit into int16 that is used, else int32.
     """
 
     folder: Path
     context: str
     num_tokens: int
-    small: bool
+    vocabulary: int
 
     @classmethod
     def open(
@@ -92,7 +97,12 @@ class TokenCache:
             "device": model.device.type,
             "libraries": {name: version(name) for name in LIBRARIES},
         }
-        return cls(folder, json.dumps(context, sort_keys=True), model.num_tokens, model.vocabulary <= 2**15)
+        return cls(folder, json.dumps(context, sort_keys=True), model.num_tokens, model.vocabulary)
+
+    @property
+    def small(self) -> bool:
+        """Whether every token fits into int16."""
+        return self.vocabulary <= 2**15
 
     def shard_file(self, recipe: Views, ids: np.ndarray) -> Path:
         """Return the path of the shard for a slice's image ids, int64 [n], and a recipe that is not a `Joined` one."""
@@ -106,7 +116,7 @@ class TokenCache:
 
         For a `Joined` recipe the views of both recipes are put together, first those of the first one.
 
-        Raises: InputFileError where a shard is damaged.
+        Raises: InputFileError where a shard is damaged or is another one's.
         """
         first, *others = (self._read_shard(part, ids) for part in parts_of(recipe))
         for other in others:
@@ -122,9 +132,14 @@ class TokenCache:
         file = self.shard_file(recipe, ids)
         if not file.exists():
             return {}
-        tensors, header = read_tensors(file, SCHEMA)
-        if header.get("file") != file.name or header.get("checksum") != _checksum(tensors):
-            raise InputFileError(f"expected tokens with their own check sum in {file}, got others")
+        tensors, _ = read_tensors(file, SCHEMA, ShardShape, {"file": file.name})
+        tokens = ("int16" if self.small else "int32", ("n", recipe.count, self.num_tokens))
+        check_tensors(
+            file, tensors, {"ids": ("int64", ("n",)), "contents": ("uint8", ("n", DIGEST_BYTES)), "tokens": tokens}
+        )
+        low, high = map(int, tensors["tokens"].aminmax()) if len(tensors["tokens"]) else (0, 0)
+        if low < 0 or high >= self.vocabulary:
+            raise InputFileError(f"expected tokens below {self.vocabulary} in {file}, got {low} to {high}")
         contents = tensors["contents"].numpy()
         return {i: (contents[row].tobytes(), tensors["tokens"][row]) for row, i in enumerate(tensors["ids"].tolist())}
 
@@ -152,10 +167,8 @@ class TokenCache:
             "contents": torch.from_numpy(contents.copy()),
             "tokens": torch.stack([rows[i][1] for i in order]).to(torch.int16 if self.small else torch.int32),
         }
-        # several processes may write one shard: each writes a file of its own, and the one renamed last is kept
-        own = file.with_name(f"{uuid4().hex}-{file.name}")
-        write_tensors(own, tensors, SCHEMA, {"file": file.name, "checksum": _checksum(tensors)})
-        os.replace(own, file)
+        # several processes may write one shard: each has a temporary file of its own, and the one renamed last is kept
+        write_tensors(file, tensors, SCHEMA, {"file": file.name})
 
     def bytes_of(self, recipe: Views, images: int) -> int:
         """Return the number of bytes on disk that the tokens of ``images`` images take under a recipe."""
@@ -181,11 +194,3 @@ class TokenCache:
 def parts_of(recipe: Views) -> Sequence[Views]:
     """Return the recipes that a `Joined` recipe consists of; each has its own shards, which other passes can use."""
     return (*parts_of(recipe.first), *parts_of(recipe.second)) if isinstance(recipe, Joined) else (recipe,)
-
-
-def _checksum(tensors: Mapping[str, Any]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for name in ("ids", "contents", "tokens"):
-        if name in tensors:
-            digest.update(tensors[name].contiguous().numpy().tobytes())
-    return digest.hexdigest()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastmem.data.decoding import DamagedImage, Skipped
-from fastmem.data.loading import Batch, ViewReader, load, load_views
+from fastmem.data.loading import Batch, Flow, ViewReader, load, load_views
 from fastmem.data.manifest import Manifest
 from fastmem.data.sources import ImageSource
 from fastmem.data.views import Views, to_unit_range
@@ -41,7 +41,7 @@ def tokens_of(
     model: Model,
     source: ImageSource,
     manifest: Manifest,
-    batches: Iterable[np.ndarray | Sequence[int]],
+    batches: Iterable[np.ndarray | Sequence[int]] | Flow,
     recipe: Views,
     cache: TokenCache | None = None,
     *,

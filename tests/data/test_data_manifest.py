@@ -197,7 +197,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
     Manifest.build(source_of({0: 3})).save(path)
     before = path.read_bytes()
 
-    def full(table: pyarrow.Table, place: Path) -> None:
+    def full(table: pyarrow.Table, place: Path, **options: bool) -> None:
         place.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import struct
 import subprocess
@@ -18,7 +19,7 @@ from fastmem.files import write_json, write_tensors
 from fastmem.index import faiss_index, nearest, pending
 from fastmem.index import files as index_files
 from fastmem.index.build import build_index, default_index_folder
-from fastmem.index.embedding import embed
+from fastmem.index.embedding import UndefinedEmbedding, embed
 from fastmem.index.files import read_header, write_index
 from fastmem.index.merge import merge_indexes
 from fastmem.index.search import EmbeddingIndex
@@ -386,7 +387,7 @@ def test_an_interrupted_run_keeps_its_factory_and_embedder(tmp_path, monkeypatch
 def test_a_damaged_pending_file_is_refused(tmp_path):
     path = tmp_path / "000000.safetensors"
     header = {"embedder": "fake-32", "digest": "f" * 64, "names": ["a/b"], "skipped": [], "skipped_ids": []}
-    tensors = {"ids": torch.tensor([1]), "vectors": torch.ones(1, 512)}
+    tensors = {"ids": torch.tensor([1]), "vectors": torch.eye(1, 512)}
     for change, dropped in (({"vectors": torch.ones(1, 511)}, ""), ({}, "names"), ({"ids": torch.ones(1)}, "")):
         write_tensors(path, tensors | change, pending.PENDING_SCHEMA, {k: v for k, v in header.items() if k != dropped})
         with pytest.raises(InputFileError, match="remove that file and resume"):
@@ -466,7 +467,8 @@ DAMAGES = {
     "another kind": (VECTORS, lambda p: patched(p, 0, b"IxPT"), "in b'IxPT'"),
     "a huge size inside": (VECTORS, lambda p: patched(p, 37, struct.pack("<q", 2**60)), "make the index again"),
     "a distance instead": (VECTORS, lambda p: patched(p, 33, struct.pack("<i", 1)), "make the index again"),
-    "no images": (IMAGES, Path.unlink, "cannot be used"),
+    "no images": (IMAGES, Path.unlink, "got no file"),
+    "a vector of another index": (VECTORS, lambda p: patched(p, 99, b"xy"), "another or a damaged one"),
     "truncated images": (IMAGES, cut, "cannot be used"),
     "fewer images": (IMAGES, lambda p: other_images(p, list(range(8))), "8 rows of 9"),
     "an id twice": (IMAGES, lambda p: other_images(p, [0, *range(8)]), "an id twice"),
@@ -474,11 +476,10 @@ DAMAGES = {
     "no header": (HEADER, Path.unlink, "got none"),
     "damaged header": (HEADER, lambda p: p.write_text("{"), "damaged"),
     "foreign header": (HEADER, lambda p: p.write_text('{"schema": "fastmem.run/1"}'), "got fastmem.run/1"),
-    "header lacks a key": (HEADER, lambda p: changed(p, factory=None), "wrong factory"),
-    "header has another key": (HEADER, lambda p: changed(p, colour="red"), "wrong colour"),
-    "header of another type": (HEADER, lambda p: changed(p, bytes="many"), "wrong bytes"),
-    "header with odd rows": (HEADER, lambda p: changed(p, skipped=["a"]), "wrong skipped"),
-    "header of no images": (HEADER, lambda p: changed(p, count=0), "wrong count"),
+    "header lacks a key": (HEADER, lambda p: changed(p, factory=None), "missing required field `factory`"),
+    "header of another type": (HEADER, lambda p: changed(p, bytes="many"), r"at `\$.bytes`"),
+    "header with odd rows": (HEADER, lambda p: changed(p, skipped=["a"]), r"at `\$.skipped\[0\]`"),
+    "header of no images": (HEADER, lambda p: changed(p, count=0), r"at `\$.count`"),
     "header of fewer images": (HEADER, lambda p: changed(p, count=8), "images-8.parquet"),
 }
 
@@ -489,6 +490,59 @@ def test_a_damaged_index_is_refused_before_it_is_trusted(tmp_path, name, damage,
     damage(tmp_path / name)
     with pytest.raises(InputFileError, match=text):
         EmbeddingIndex(tmp_path, "cpu")
+
+
+@pytest.mark.parametrize("factory", ["Flat", "HNSW16", "IVF4,Flat"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, 0.0, 3.0], ids=str)
+def test_vectors_that_are_not_of_length_1_are_refused(tmp_path, factory, value):
+    vectors = unit(0, 50)
+    broken = vectors.copy()
+    broken[7] *= value
+    header = make_index(tmp_path, vectors, factory=factory).header
+    with pytest.raises(InputFileError, match=r"of length 1 .* got 1 others"):
+        faiss_index.add(faiss_index.new_index("Flat"), broken)
+    # an index of an earlier version has no check sums, and its vectors are looked at all the same
+    changed(tmp_path / "index.json", vectors_checksum=None)
+    content = (tmp_path / header.vectors_file).read_bytes()
+    assert content.count(vectors[7].tobytes()) == 1
+    (tmp_path / header.vectors_file).write_bytes(content.replace(vectors[7].tobytes(), broken[7].tobytes()))
+    with pytest.raises(InputFileError, match=r"of length 1 in .*vectors-50.faiss, got 1 others"):
+        EmbeddingIndex(tmp_path, "cpu")
+
+
+class BrokenEmbedder(FakeEmbedder):
+    """An embedder that gives NaN for the image whose vector is ``broken``, and may notice that itself."""
+
+    def __init__(self, broken: np.ndarray, notices: bool) -> None:
+        super().__init__()
+        self.broken, self.notices = broken, notices
+
+    def __call__(self, pixels: np.ndarray) -> np.ndarray:
+        vectors = super().__call__(pixels)
+        found = np.flatnonzero((vectors == self.broken).all(1))
+        if len(found) and self.notices:
+            raise UndefinedEmbedding("expected numbers, got none", int(found[0]))
+        vectors[found] = np.nan
+        return vectors
+
+
+@pytest.mark.parametrize("notices", [False, True])
+def test_an_image_whose_embedding_is_undefined_is_named(tmp_path, notices):
+    build_index(toy_set(), FakeEmbedder(), tmp_path / "whole")
+    whole = EmbeddingIndex(tmp_path / "whole", "cpu")
+    embedder = BrokenEmbedder(whole.vectors(whole.ids[4:5]), notices)
+    with pytest.raises(InputFileError, match=f"an embedding of length 1 for {whole.names[4].as_py()}"):
+        build_index(toy_set(), embedder, tmp_path / "broken")
+
+
+def test_files_of_an_index_of_as_many_images_are_told_apart(tmp_path):
+    mine, other = make_index(tmp_path / "a", unit(0, 9)), make_index(tmp_path / "b", unit(1, 9))
+    assert mine.header.id != other.header.id
+    for name in (VECTORS, HEADER):
+        folder = shutil.copytree(tmp_path / "a", tmp_path / name)
+        shutil.copy(tmp_path / "b" / name, folder / name)
+        with pytest.raises(InputFileError, match="another or a damaged one"):
+            EmbeddingIndex(folder, "cpu")
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_the_old_index(tmp_path, monkeypatch):

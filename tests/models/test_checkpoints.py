@@ -182,7 +182,7 @@ BROKEN = {
     "missing entry": (UsageError, r"1 missing \(blocks.0.mlp.fc1.weight\)"),
     "unexpected entry": (UsageError, r"1 unexpected \(extra.weight\)"),
     "misshaped entry": (UsageError, r"1 misshaped \(blocks.0.mlp.fc1.weight \[3, 3\] instead of \[48, 32\]\)"),
-    "another size": (UsageError, "it fits wide, so use --model wide"),
+    "another size": (UsageError, "got the generator of wide: use --model wide"),
 }
 
 
@@ -221,7 +221,7 @@ def test_fetch_checks_the_files_that_are_there(files):
     assert fetch(SMALL, notes.append) == [home / "small.bin", home / "tokenizer.bin"]
     assert all("all names and shapes fit small" in note for note in notes)
     spoil(home / "small.bin", "another size")
-    with pytest.raises(UsageError, match="it fits wide"):
+    with pytest.raises(UsageError, match="use --model wide"):
         fetch(SMALL, notes.append)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from itertools import combinations
 
 import numpy as np
@@ -11,6 +12,8 @@ from scipy import stats as reference
 
 from fastmem import ArraySource, UsageError, gap, membership, score
 from fastmem.data.manifest import Manifest
+from fastmem.demo.controls import format_membership, format_ownership
+from fastmem.files import as_json_text
 from fastmem.ranking.ownership import group_shares, pooled_owned
 from fastmem.ranking.selection import matched_to
 from tests.conftest import random_images
@@ -174,7 +177,7 @@ MEMBERS = {
     "same": (np.zeros(7), np.zeros(9)),
     "noise": (np.random.default_rng(0).normal(0.5, 1, 63), np.random.default_rng(1).normal(0, 1, 250)),
     "ties": (np.random.default_rng(0).integers(1, 5, 40) * 1.0, np.random.default_rng(1).integers(0, 4, 200) * 1.0),
-    "one each": (np.array([1.0]), np.array([2.0])),
+    "two each": (np.array([1.0, 3.0]), np.array([2.0, 0.0])),
 }
 
 
@@ -204,6 +207,22 @@ def test_the_bootstrap_interval_is_that_of_resampled_images():
 def test_membership_needs_both_sides():
     with pytest.raises(UsageError, match="got 0 and 3 scores"):
         membership(np.array([np.nan]), np.zeros(3))
+
+
+@pytest.mark.parametrize(("members", "others"), [(1, 1), (1, 5), (5, 1)])
+def test_an_interval_over_one_image_is_undefined_and_says_so(members, others):
+    found = membership(np.arange(members) + 0.5, np.arange(others) + 0.0)
+    assert np.isnan([found.auc_low, found.auc_high, found.tpr_low, found.tpr_high]).all()
+    assert str(found).count("(interval undefined)") == 2
+    assert json.loads(as_json_text(found.document()))["auc_low"] is None
+    assert "nan" not in format_membership({"1": {"loss": found}})
+
+
+def test_the_shares_of_one_image_have_no_interval():
+    (found,) = group_shares(np.array([3]), ["a"])
+    assert (found.share, found.chance) == (1.0, 1.0)
+    assert np.isnan([found.low, found.high, found.chance_low, found.chance_high]).all()
+    assert "interval undefined" in format_ownership({"unitmem": [found]})
 
 
 def test_group_shares_are_counted_and_chance_is_the_groups_share():

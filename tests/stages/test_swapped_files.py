@@ -9,9 +9,15 @@ from pathlib import Path
 import pytest
 
 import fastmem
-from fastmem import InputFileError, open_run
+from fastmem import InputFileError, UsageError, open_run
 from fastmem.data.manifest import Manifest
-from tests.conftest import exit_code
+from fastmem.extraction.verdicts import SSCDJudge
+from fastmem.index.build import build_index
+from fastmem.stages.extract import find_index
+from fastmem.stages.opened_run import edited
+from fastmem.sweep.plan import Row
+from fastmem.sweep.reattack import ReAttack
+from tests.conftest import FakeEmbedder, exit_code
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +29,7 @@ def other_run(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert exit_code("score", *options, "--data", data / "train", "--heldout", data / "heldout", "--per-image") == 0
     for run in (tiny_run, folder):
         fastmem.extract(open_run(run, device="cpu"), prefixes=[0], top_per_class=1, judge="tokens")
+        fastmem.mitigate(open_run(run, device="cpu"), name="mine")
     return folder
 
 
@@ -72,6 +79,45 @@ def test_the_result_of_another_runs_extraction_is_refused(tiny_run, other_run, t
     shutil.copy(other_run / "extractions" / mine.name / "result.json", mine / "result.json")
     with pytest.raises(InputFileError, match=r"expected run_id \w+"):
         read_everything(folder)
+
+
+def test_an_edit_of_another_run_is_refused_by_name_and_taken_as_a_file(tiny_run, other_run, tmp_path):
+    folder = shutil.copytree(tiny_run, tmp_path / "run")
+    shutil.copy(other_run / "edits" / "mine.safetensors", folder / "edits" / "mine.safetensors")
+    run, model = open_run(folder, device="cpu"), "mine"
+    for use in (lambda: edited(run, model).__enter__(), lambda: fastmem.mitigate(run, name=model)):
+        with pytest.raises(InputFileError, match=r"expected run \w+ in .*mine.* got \w+"):
+            use()
+    # over the same weights the edit itself is one that can be made, where it is asked for by its file
+    with edited(run, str(other_run / "edits" / "mine.safetensors")) as found:
+        assert found.label == "mine"
+
+
+def test_the_verdicts_of_another_extraction_are_refused(tiny_run, other_run, tmp_path):
+    found = {}
+    for name, source in (("mine", tiny_run), ("other", other_run)):
+        folder = shutil.copytree(source, tmp_path / name)
+        found[name] = fastmem.extract(open_run(folder, device="cpu"), prefixes=[0], top_per_class=1, judge="tokens")
+        assert len(found[name].verdicts) == found[name].document["candidates"] * 2
+    shutil.copy(found["other"].path / "verdicts.parquet", found["mine"].path / "verdicts.parquet")
+    with pytest.raises(InputFileError, match=r"expected fastmem.run \w+ in .*verdicts.parquet, got \w+"):
+        found["mine"].verdicts  # noqa: B018 - the property raises
+
+
+def test_an_index_of_other_images_is_refused(tiny_run, toy_source, tmp_path):
+    embedder = FakeEmbedder()
+    build_index(toy_source, embedder, tmp_path / "index", workers=0)
+    with pytest.raises(UsageError, match=r"an index of the training set, got .*index, which has none of its images"):
+        find_index(open_run(tiny_run, device="cpu"), tmp_path / "index", SSCDJudge(embedder))
+
+
+def test_a_re_attack_of_another_sweep_or_edit_is_refused(tmp_path):
+    row = Row("unitmem", 0.05, 0.5)
+    ReAttack(row, 7, (), ()).save(tmp_path / "file.json", "mine")
+    with pytest.raises(InputFileError, match=r"expected sweep other in .*file.json, got mine"):
+        ReAttack.load(tmp_path / "file.json", row, "other")
+    with pytest.raises(InputFileError, match="expected row"):
+        ReAttack.load(tmp_path / "file.json", Row("gap", 0.05, 0.5), "mine")
 
 
 def test_a_run_without_its_identity_is_not_taken_for_a_new_folder(tiny_run, tmp_path):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pyarrow.parquet
@@ -14,10 +15,12 @@ from scipy.stats import ttest_1samp
 
 from fastmem import UsageError
 from fastmem.errors import InputFileError
+from fastmem.files import as_json_text
 from fastmem.report.sweep_pictures import draw_sweep
+from fastmem.report.sweep_tables import comparison_table
 from fastmem.reporter import Reporter
 from fastmem.sweep.bootstrap import Outcomes, equal_quality, equal_quality_bootstrap, holm, paired_bootstrap
-from fastmem.sweep.comparisons import EQUAL_QUALITY
+from fastmem.sweep.comparisons import EQUAL_QUALITY, Side, compare_all
 from fastmem.sweep.findings import Findings, find, pareto_front, write_sweep_table
 from fastmem.sweep.plan import NO_EDIT, Row, SweepSettings, plan_hash, plan_rows
 from fastmem.sweep.search import (
@@ -244,6 +247,21 @@ def test_the_bootstrap_agrees_with_the_normal_law_over_class_sums():
     assert paired_bootstrap(before, before, classes).p_value == 1.0
 
 
+def test_a_difference_over_one_class_has_no_interval_and_says_so():
+    both, none = np.array([1.0, 1.0, 0.0]), np.zeros(3)
+    sides = {
+        ("none", 0.0, 1.0): Side(none[None], np.zeros(1), 1.0),
+        ("unitmem", 0.05, 0.5): Side(none[None], np.zeros(1), 0.5),
+        ("random", 0.05, 0.5): Side(both[None], np.zeros(1), 0.5),
+    }
+    (found,) = compare_all(sides, np.zeros(3, np.int64))
+    assert found.difference.value == -2.0
+    assert np.isnan([found.difference.low, found.difference.high, found.difference.p_value, found.holm]).all()
+    table = comparison_table([asdict(found)])
+    assert "-2.0 (undefined)" in table
+    assert "nan" not in table
+
+
 def test_the_bootstrap_covers_no_difference_at_its_level():
     inside = []
     for seed in range(200):
@@ -457,6 +475,12 @@ def test_an_estimate_has_the_interval_of_students_t():
     found = Estimate.of([1.0, 2.0, 3.0, 6.0])
     assert found.p_value == pytest.approx(ttest_1samp([1.0, 2.0, 3.0, 6.0], 0.0).pvalue)
     assert (Estimate.of([2.0, 2.0]).p_value, Estimate.of([0.0, 0.0]).p_value) == (0.0, 1.0)
+    assert json.loads(as_json_text(asdict(Estimate.of([2.0])))) == {
+        "value": 2.0,
+        "low": None,
+        "high": None,
+        "p_value": None,
+    }
     # 2.160 standard deviations of 4 values; 3.182 is the 97.5 % point of t with 3 degrees of freedom
     assert found.value == 3.0
     assert found.high - found.value == pytest.approx(3.182446 * 2.160247 / 2, rel=1e-6)

@@ -21,7 +21,7 @@ from fastmem.mitigation.scaling import scale_units
 from fastmem.models.model import Model
 from fastmem.quality.features import SSCDFeatures
 from fastmem.ranking.selection import Selection
-from fastmem.reporter import Reporter
+from fastmem.reporter import SILENT, Reporter
 from fastmem.sweep.model_bench import graded_factors
 from fastmem.sweep.plan import NO_EDIT, Row
 from fastmem.sweep.prepare import BenchSettings, Prepared, prepare
@@ -326,7 +326,7 @@ def test_an_edit_is_attacked_again_by_every_approach(model, sources):
 
 def test_other_candidates_leave_out_what_units_were_chosen_by(model, sources):
     attacker, made = make_attacker(model, sources)
-    others = attacker._other_candidates().targets
+    others = attacker._other_candidates({}, None, SILENT).targets
     assert not np.isin(others.ids, made.targets.ids[~made.counted.reported]).any()
 
 
@@ -358,7 +358,8 @@ def test_edits_are_attacked_once(model, sources, tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == sorted(f"{row.key}.json" for row in rows)
     assert first == again[:1]
     assert both == again
-    assert ReAttack.of(again[1].record()) == again[1]
+    again[1].save(tmp_path / "again.json", "mine")
+    assert ReAttack.load(tmp_path / "again.json", rows[1], "mine") == again[1]
 
 
 def test_an_edit_that_cannot_be_made_is_not_attacked_again(model, sources, tmp_path):

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from fastmem.extraction.association import Association
-from fastmem.scoring.membership import Membership
 from fastmem.sweep.plan import Row
 
 
@@ -52,6 +51,23 @@ class KnownGap:
 
 
 @dataclass(frozen=True)
+class KnownMembership:
+    """How well a score separates training images from held-out ones; None for intervals that are undefined.
+
+    Fields as in ``fastmem.scoring.membership.Membership``.
+    """
+
+    members: int
+    nonmembers: int
+    auc: float
+    auc_low: float | None
+    auc_high: float | None
+    tpr: float
+    tpr_low: float | None
+    tpr_high: float | None
+
+
+@dataclass(frozen=True)
 class ScoreDocument:
     """What ``fastmem score`` found.
 
@@ -76,7 +92,7 @@ class ScoreDocument:
     undefined: dict[str, str]
     reliability: dict[str, KnownReliability]
     gap: KnownGap | None
-    membership: dict[str, Membership]
+    membership: dict[str, KnownMembership]
     environment: dict[str, str] = field(default_factory=dict)
 
 

@@ -125,13 +125,13 @@ def _of_losses(story: Story) -> Iterator[Finding]:
         yield Finding(
             f"Telling training from held-out images by {names.get(by, by)} (AUC)",
             f"{m.auc:.3f}",
-            f"{m.auc_low:.3f} to {m.auc_high:.3f}",
+            _ends(m.auc_low, m.auc_high, 1, 3),
             "0.5 where nothing tells them apart",
         )
         yield Finding(
             f"Training images found at 1 % false alarms by {names.get(by, by)}",
             f"{100 * m.tpr:.1f} %",
-            f"{100 * m.tpr_low:.1f} to {100 * m.tpr_high:.1f} %",
+            _ends(m.tpr_low, m.tpr_high, 100, 1) + " %" * (m.tpr_low is not None),
             f"1 %, of {m.members:,} against {m.nonmembers:,} images",
         )
 
@@ -216,6 +216,11 @@ def limits(story: Story) -> list[str]:
         said.append("No edit of random units stands beside the others, so what an edit stops has no control.")
     said += [f"Quality: {note}." for e in story.evaluations for note in e.notes]
     return list(dict.fromkeys(said))
+
+
+def _ends(low: float | None, high: float | None, scale: int, digits: int) -> str:
+    """An interval in words, its ends times ``scale``; one of too few images is undefined."""
+    return "undefined" if low is None or high is None else f"{scale * low:.{digits}f} to {scale * high:.{digits}f}"
 
 
 def _share(count: Count) -> str:
