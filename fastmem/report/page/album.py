@@ -40,6 +40,7 @@ class Album:
         """
         self._manifests = story.manifests
         self._sources = story.sources
+        self._with_pictures = with_pictures
         self._left = most_bytes if with_pictures else 0
         self._numbers: dict[tuple[str, int], int] = {}
         self._rows = {
@@ -69,7 +70,7 @@ class Album:
             if number == NONE or number in self._of_image:
                 continue
             if not self._left:
-                self.left_out += 1
+                self.left_out += self._with_pictures
                 continue
             split, row = self._named[number]
             source, manifest = self._sources[split], self._manifests[split]
@@ -90,7 +91,7 @@ class Album:
         new = {key: row for row, key in enumerate(keys) if key not in self._decoded}
         for batch in torch.tensor(list(new.values()), dtype=torch.int64).split(BATCH):
             if not self._left:
-                self.left_out += len(batch)
+                self.left_out += len(batch) * self._with_pictures
                 continue
             for row, pixels in zip(batch.tolist(), to_bytes(model.decode(tokens[batch])), strict=True):
                 self._decoded[keys[row]] = self._add(Image.fromarray(pixels))

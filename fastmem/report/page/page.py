@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+from collections.abc import Mapping
 from functools import partial
 from importlib import resources
 from pathlib import Path
@@ -44,6 +45,15 @@ def write_page(path: Path, story: Story, with_pictures: bool, most_decoded: int)
 
     Raises: UsageError where the file cannot be written; InputFileError where a class row of the statistics is damaged.
     """
+    data, left_out = page_data(story, with_pictures, most_decoded)
+    plotly = (resources.files("plotly") / "package_data" / "plotly.min.js").read_text(encoding="utf-8")
+    page = page_text(story, data, with_pictures, plotly)
+    write_atomically(path, lambda partial_path: partial_path.write_text(page, encoding="utf-8"))
+    return left_out
+
+
+def page_data(story: Story, with_pictures: bool, most_decoded: int) -> tuple[dict[str, Any], int]:
+    """Return what the page's script works with, and how many pictures did not fit; arguments as for `write_page`."""
     album = Album(story, with_pictures)
     # in this order pictures are taken while there is room
     data: dict[str, Any] = {"units": unit_map(story, album), "risk": image_risk(story, album)}
@@ -53,10 +63,20 @@ def write_page(path: Path, story: Story, with_pictures: bool, most_decoded: int)
     album.show(data["risk"]["image"])
     data |= {"sweep": sweep_chart(story), "edits": measured_edits(story), "withPictures": with_pictures}
     # last, because the other parts number the images
-    data["album"] = album.document()
-    plotly = Markup((resources.files("plotly") / "package_data" / "plotly.min.js").read_text(encoding="utf-8"))
-    script = Markup("(() => {\n'use strict';\n" + "\n".join((HERE / name).read_text() for name in SCRIPTS) + "})();")
-    page = (
+    return data | {"album": album.document()}, album.left_out
+
+
+def page_text(story: Story, data: Mapping[str, Any], with_pictures: bool, plotly: str) -> str:
+    """Return the page as HTML.
+
+    Args:
+        story: the run.
+        data: what `page_data` gave.
+        with_pictures: whether there are pictures in it.
+        plotly: the script that draws charts.
+    """
+    script = "(() => {\n'use strict';\n" + "\n".join((HERE / name).read_text() for name in SCRIPTS) + "})();"
+    return (
         _environment()
         .get_template("page.html")
         .render(
@@ -73,13 +93,12 @@ def write_page(path: Path, story: Story, with_pictures: bool, most_decoded: int)
             with_pictures=with_pictures,
             data=htmlsafe_json_dumps(data, partial(json.dumps, separators=(",", ":"), allow_nan=False)),
             style=Markup((HERE / "page.css").read_text()),
-            plotly=plotly,
-            script=script,
+            # both are the package's own
+            plotly=Markup(plotly),
+            script=Markup(script),
             hashes=[_hash(plotly), _hash(script)],
         )
     )
-    write_atomically(path, lambda partial_path: partial_path.write_text(page, encoding="utf-8"))
-    return album.left_out
 
 
 def _environment() -> jinja2.Environment:
