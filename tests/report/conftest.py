@@ -14,7 +14,12 @@ from tests.conftest import FakeEmbedder, make_toy_model, random_images
 
 # together with the names of their files the second ends a script, and the third acts on a picture that fails
 CLASSES = ("plain", "x<", "<img src=x onerror=window.hacked=1>")
-FILES = ("<script>window.hacked=1;", "script><script>window.hacked=1;<b>", "a&amp;'\"{{ 7*7 }}%{y}", "\u732b <b>bold")
+FILES = (
+    "<script>window.hacked=1;",
+    "script><script>window.hacked=1;<b>",
+    "a&amp;'\"{{ 7*7 }}%{y}",
+    "\u732b <b>bold\u202e",
+)
 
 
 @dataclass(frozen=True, eq=False)

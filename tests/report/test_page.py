@@ -68,7 +68,7 @@ def test_an_opened_unit_has_its_images_and_its_responses_by_class(data, hostile_
     for i, (layer, unit, segment) in enumerate(zip(opened["layer"], opened["unit"], opened["segment"], strict=True)):
         assert opened["scores"]["UnitMem"][i] == pytest.approx(float(stats.unitmem()[layer, :, unit].max()), abs=1e-4)
         tops = [i for i in stats.top_image[layer, segment, unit].tolist() if i >= 0]
-        assert [album["names"][n] for n in opened["images"][i]] == [names[t] for t in tops][:6]
+        assert [album["names"][n] for n in opened["images"][i]] == [printable(names[t]) for t in tops][:6]
         by_class = opened["classes"]["train"]
         count = len(by_class["labels"])
         shown = unpack(by_class["means"], 0, 1)[i * count : (i + 1) * count] * by_class["largest"][i]
@@ -93,7 +93,7 @@ def test_the_highest_the_most_apart_and_random_units_can_be_opened(monkeypatch):
 def test_rows_of_risk_have_what_the_run_knows_of_each_image(data, hostile_run):
     story = hostile_run.story()
     risk, album, manifest = data["risk"], data["album"], story.manifests["train"]
-    where = {str(name): i for i, name in enumerate(manifest.names)}
+    where = {printable(str(name)): i for i, name in enumerate(manifest.names)}
     losses, verdicts = story.losses["train"], story.main.verdicts["train"]
     for row, image in enumerate(risk["image"]):
         at = where[album["names"][image]]

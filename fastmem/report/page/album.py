@@ -16,6 +16,7 @@ from fastmem.data.decoding import DamagedImage
 from fastmem.models.model import Model
 from fastmem.quality.features import to_bytes
 from fastmem.report.page.story import Story
+from fastmem.reporter import printable
 
 # longest side of a picture, in pixels, and its quality as WebP
 SIDE, QUALITY = 96, 78
@@ -103,13 +104,13 @@ class Album:
         names, labels = [], []
         for split, row in self._named:
             manifest = self._manifests[split]
-            names.append(str(manifest.names[row]))
+            names.append(printable(str(manifest.names[row])))
             labels.append(int(manifest.labels[row]))
         return {
             "names": names,
             "labels": labels,
             "heldout": [number for number, (split, _) in enumerate(self._named) if split != "train"],
-            "classes": list(classes),
+            "classes": [printable(name) for name in classes],
             "picture": [self._of_image.get(number, NONE) for number in range(len(names))],
             "pictures": self._pictures,
         }
