@@ -26,6 +26,7 @@ from fastmem.report.page.provenance import commands
 from fastmem.report.page.summary import findings, limits, tiles
 from fastmem.report.page.trade_off import measured_edits, sweep_chart
 from fastmem.report.page.unit_map import choose_opened
+from fastmem.reporter import printable
 from tests.conftest import exit_code, make_toy_model, random_images, run
 
 
