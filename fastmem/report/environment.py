@@ -10,14 +10,13 @@ from pathlib import Path
 import torch
 
 from fastmem import __version__
-from fastmem.models.model import Model
 
 CPU_INFO = Path("/proc/cpuinfo")
 DISTRIBUTIONS = ("torch", "triton", "numpy", "faiss-cpu", "faiss-gpu")
 
 
-def environment(model: Model) -> dict[str, str]:
-    """Versions and hardware that a stage runs a model with, by name."""
+def environment(device: str) -> dict[str, str]:
+    """Versions and hardware of a stage that runs on a device such as "cpu" or "cuda:0", by name."""
     found = {"fastmem": __version__, "python": platform.python_version()}
     for name in DISTRIBUTIONS:
         try:
@@ -25,8 +24,9 @@ def environment(model: Model) -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     found["system"] = f"{platform.system()} {platform.machine()}"
-    if model.device.type == "cuda":
-        found["hardware"] = torch.cuda.get_device_name(model.device)
+    # runs of a GPU can be merged on a machine without one
+    if device.startswith("cuda") and torch.cuda.is_available():
+        found["hardware"] = torch.cuda.get_device_name(device)
     else:
         found["hardware"] = f"{_processor()}, {torch.get_num_threads()} of {os.cpu_count()} cores"
     return found

@@ -137,7 +137,7 @@ def write_report(
         "reliability": {by: _numbers(asdict(r)) for by, r in found.reliability.items()},
         "gap": None if found.gap is None else gap_document(found.gap, stats),
         "membership": {by: m.document() for by, m in found.membership.items()},
-        "environment": environment(model),
+        "environment": environment(result.device),
         "tables": [str(table) for table in tables],
         "pictures": [str(picture) for picture in pictures],
     }
