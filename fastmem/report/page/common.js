@@ -86,7 +86,7 @@ function layoutOf(more) {
     paper_bgcolor: 'rgba(0,0,0,0)', plot_bgcolor: 'rgba(0,0,0,0)', hovermode: 'closest',
     font: {color: colour('ink'), family: getComputedStyle(document.body).fontFamily, size: 12.5},
     hoverlabel: {bgcolor: colour('card'), bordercolor: colour('line'), font: {color: colour('ink')}},
-    margin: {l: 56, r: 18, t: 18, b: 48}, legend: {orientation: 'h', y: 1.02, yanchor: 'bottom', x: 0},
+    margin: {l: 56, r: 18, t: 18, b: 58}, legend: {orientation: 'h', y: 1.02, yanchor: 'bottom', x: 0},
     ...more, xaxis: text(more.xaxis || {}), yaxis: text(more.yaxis || {}),
   };
 }
