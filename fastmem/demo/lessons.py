@@ -59,9 +59,9 @@ def _edits(story: Story, main: FinishedExtraction) -> str:
     for plan in story.edits:
         share = f"{100 * len(plan) / (plan.layers * plan.units):.3g} % of the units"
         which = f"random {share}" if plan.by in CONTROLS else f"the top {share} by {plan.by}"
-        parts.append((plan.by in CONTROLS, f"{which} leaves {counts[plan.name].k} of {counts[plan.name].n}"))
-    before = counts[None]
-    return f"4. Of these {before.k} images, halving {', and halving '.join(text for _, text in sorted(parts))}."
+        parts.append((plan.by in CONTROLS, f"halving {which} leaves {counts[plan.name].k} of {counts[plan.name].n}"))
+    told = ", and ".join(text for _, text in sorted(parts))
+    return f"4. Without an edit {counts[None].k} of {counts[None].n} come back; {told}."
 
 
 def _cost(story: Story) -> str:
