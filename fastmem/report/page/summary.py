@@ -9,6 +9,7 @@ from fastmem.extraction.association import Association
 from fastmem.extraction.verdicts import Count
 from fastmem.report.page.story import FinishedExtraction, Story
 from fastmem.report.page.trade_off import CONTROLS
+from fastmem.reporter import count_of
 
 RANKING_NAMES = {"unitmem": "UnitMem", "within-class": "within-class UnitMem", "gap": "gap"}
 
@@ -169,7 +170,9 @@ def _of_unedited(extraction: FinishedExtraction) -> Iterator[Finding]:
     original = d.extracted_original[key]
     if original is not None:
         count = Count(original, d.candidates)
-        top = "" if d.ceiling is None else f"{d.ceiling:,} reconstructions reach it, which is the ceiling"
+        top = (
+            "" if d.ceiling is None else f"the ceiling: {count_of(d.ceiling, 'reconstruction')} pass against the image"
+        )
         yield Finding("Against the image itself, not its reconstruction", f"{original:,}", _share(count), top)
     alarm, at_alarm = d.false_alarm_threshold[key], d.extracted_at_false_alarms[key]
     if alarm is not None and at_alarm is not None:
