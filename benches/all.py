@@ -120,6 +120,11 @@ BENCHES = (
         ),
     ),
     Bench(
+        "listing",
+        8,
+        lambda r: Line(f"{r['kind']}, {int(r['images']):,} images, {r['mib']} MiB", f"{r['seconds']} s", "", "60 s"),
+    ),
+    Bench(
         "index_search",
         25,
         lambda r: Line(

@@ -11,7 +11,16 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastmem.data.sources import ArraySource, FolderSource, ZipSource, embedded_source
+    from fastmem.data.sources import (
+        ArraySource,
+        FolderSource,
+        ParquetSource,
+        TarSource,
+        TokenSource,
+        ZipSource,
+        embedded_source,
+        open_source,
+    )
     from fastmem.errors import FastmemError, InputFileError, UsageError
     from fastmem.mitigation.attribution import attribution
     from fastmem.mitigation.edit_file import EditPlan
@@ -46,10 +55,13 @@ _HOMES = {
     "FolderSource": "fastmem.data.sources",
     "InputFileError": "fastmem.errors",
     "OpenedRun": "fastmem.stages.opened_run",
+    "ParquetSource": "fastmem.data.sources",
     "Reporter": "fastmem.reporter",
     "SSCDOptions": "fastmem.stages.options",
     "ScoreResult": "fastmem.scoring.score",
     "Selection": "fastmem.ranking.selection",
+    "TarSource": "fastmem.data.sources",
+    "TokenSource": "fastmem.data.sources",
     "UnitStats": "fastmem.stats",
     "UsageError": "fastmem.errors",
     "ZipSource": "fastmem.data.sources",
@@ -65,6 +77,7 @@ _HOMES = {
     "mitigate": "fastmem.stages.mitigate",
     "model_names": "fastmem.models.registry",
     "open_run": "fastmem.stages.opened_run",
+    "open_source": "fastmem.data.sources",
     "owners": "fastmem.ranking.ownership",
     "reliability": "fastmem.ranking.reliability",
     "report": "fastmem.stages.report",
@@ -83,10 +96,13 @@ __all__ = [
     "FolderSource",
     "InputFileError",
     "OpenedRun",
+    "ParquetSource",
     "Reporter",
     "SSCDOptions",
     "ScoreResult",
     "Selection",
+    "TarSource",
+    "TokenSource",
     "UnitStats",
     "UsageError",
     "ZipSource",
@@ -102,6 +118,7 @@ __all__ = [
     "mitigate",
     "model_names",
     "open_run",
+    "open_source",
     "owners",
     "reliability",
     "report",

@@ -20,7 +20,7 @@ INDEX, PRINTED_SKIPPED = "The index", 5
 
 
 @make_command("index", "index --data imagenet/train", "index --merge first --merge second --out both")
-@option("--data", IMAGES, "Training images: a folder with one folder per class, or a zip.", metavar="PATH")
+@option("--data", IMAGES, "Training images: a folder with one folder per class, a zip, or shards.", metavar="PATH")
 @option("--classes", IMAGES, "Class folders in the checkpoint's order, one name per line.", metavar="FILE")
 @option("--out", INDEX, "Folder of the index.  [default: the set's own in FASTMEM_HOME]", metavar="INDEX")
 @option("--factory", INDEX, "faiss's string: Flat, HNSW32, IVF1024,Flat.  [default: Flat]", metavar="TEXT")

@@ -41,7 +41,7 @@ SCORES, RESULT = "What is measured", "The result"
     f"score --model {LARGE_EXAMPLE} --data imagenet/train --heldout imagenet/val",
 )
 @model_option()
-@option("--data", IMAGES, "Training images: a folder with one folder per class, or a zip.", metavar="PATH")
+@option("--data", IMAGES, "Training images: a folder with one folder per class, a zip, or shards.", metavar="PATH")
 @option("--heldout", IMAGES, "Images that the model was not trained on, as a control.", metavar="PATH")
 @option("--per-class", IMAGES, "Images of each class, drawn evenly.  [default: all]", type=FROM_1)
 @option("--classes", IMAGES, "Class folders in the checkpoint's order, one name per line.", metavar="FILE")
@@ -100,8 +100,9 @@ def command(
 ) -> None:
     """Scores every unit of a model in one pass over its training images.
 
-    Leaves a run folder with statistics, UnitMem and controls of every unit as tables, pictures and arrays. Without
-    --data a tiny model takes the embedded images, and any other the folder that FASTMEM_DATA names.
+    Leaves a run folder with statistics, UnitMem and controls of every unit as tables, pictures and arrays. Shards are
+    tar or parquet files, here or elsewhere: 'train-{000..146}.tar', 'data/train-*.parquet', 's3://bucket/train-*.tar'.
+    Without --data a tiny model takes the embedded images, and any other the folder that FASTMEM_DATA names.
     """
     if resume and out is None:
         raise UsageError("expected --out RUN with --resume, got none: name the run folder to go on in")

@@ -15,6 +15,8 @@ from fastmem.errors import InputFileError, UsageError
 
 # a larger file is no list of class names: a million of them take less
 MAX_LIST_BYTES = 64 * 2**20
+# a larger label without class names is taken for a mistake, because every label up to it becomes a class
+MAX_UNNAMED_CLASSES = 1_000_000
 # a line of the class list in ImageNet's Kaggle release: "n01440764 tench, Tinca tinca"
 _SYNSET_LINE = re.compile(r"(n\d{8})\s+\S.*")
 
@@ -85,6 +87,53 @@ def in_label_order(
         labels,
         ordered,
     )
+
+
+def numbered_classes(
+    present: Sequence[int], stored: Sequence[str] | None, classes: Classes | None, where: str
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the class name of every number, and the class names in label order, where labels are stored as numbers.
+
+    Args:
+        present: numbers of the classes that have images, from 0.
+        stored: the names that are stored with the numbers; None for the numbers themselves as text.
+        classes: class names in label order, or a text file with one per line; None for the order of the numbers. Where
+            it has none of the stored names, it names the numbers by position.
+        where: the files, named in error messages.
+
+    Raises:
+        InputFileError: the text file cannot be read, or a number has no name.
+        UsageError: ``classes`` has some of the stored names only, or too few names, or names one twice.
+    """
+    highest = max(present, default=0)
+    if stored is None and highest >= MAX_UNNAMED_CLASSES:
+        raise UsageError(f"expected labels below {MAX_UNNAMED_CLASSES} in {where}, got {highest}; number from 0")
+    names = tuple(map(str, range(highest + 1))) if stored is None else tuple(stored)
+    if highest >= len(names):
+        raise InputFileError(
+            f"expected labels below {len(names)}, the number of class names in {where}, got {highest}; make it again"
+        )
+    if classes is None:
+        # equal or empty names would put two classes into one
+        if len(set(names)) < len(names) or "" in names:
+            raise InputFileError(f"expected a different name for every class in {where}, got some twice; make it again")
+        return names, names
+    used = [names[number] for number in present]
+    ordered = _class_order(classes, used)
+    missing = sorted(set(used) - set(ordered))
+    if not missing:
+        return names, ordered
+    if set(names) & set(ordered):
+        raise UsageError(
+            f"expected every class of {where} in the class order, got {missing[0]!r} and {len(missing) - 1} others "
+            "that are not in it; add them"
+        )
+    if highest >= len(ordered) or (stored is not None and len(ordered) != len(names)):
+        raise UsageError(
+            f"expected a class order that names the {len(names)} classes of {where} by their numbers, got "
+            f"{len(ordered)} names; give one for each"
+        )
+    return ordered, ordered
 
 
 def _first(skipped: Sequence[Skipped]) -> str:

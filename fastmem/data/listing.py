@@ -6,10 +6,15 @@ import errno
 import os
 import re
 import stat
+import struct
 import zipfile
-from collections.abc import Sequence
+import zlib
+from array import array
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
 
 from fastmem.data.decoding import SUFFIXES, Skipped
 from fastmem.data.system_files import is_system_name
@@ -20,17 +25,19 @@ MAX_ENTRY_BYTES = 256 * 2**20
 # folders of these names are taken for parts of a data set, not for classes
 SPLIT_NAMES = frozenset(("train", "val", "valid", "validation", "test", "heldout"))
 NO_CLASS_FOLDER = "not in a class folder"
-_OUTSIDE = "its path leads out of the zip file"
+OUTSIDE, LATER = "its path leads out of the archive", "the archive holds a later file of the same name"
 # what an entry of a folder is
 _FOLDER, _FILE = "folder", "file"
 _DRIVE = re.compile("[A-Za-z]:")
-# a flag of a file in a zip, and the methods of compression that Python unpacks step by step: of the others, a few
+# flags of a file in a zip, and the methods of compression that Python unpacks step by step: of the others, a few
 # kilobytes may unpack to gigabytes at once
-_ENCRYPTED = 1
+_ENCRYPTED, _UTF8 = 1, 2048
+# the header of a file in a zip: its flags, and the lengths of its name and of an extra field behind it
+_HEADER, _HEADER_START = struct.Struct("<6sH18xHH"), b"PK\x03\x04"
 _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 
 
-def no_split(split: str, where: Path, present: Sequence[str]) -> str:
+def no_split(split: str, where: str | Path, present: Sequence[str]) -> str:
     """Return the error message for a split that is not among the folders ``present`` in ``where``."""
     return (
         f"expected a split {split!r} in {where}, got the folders {', '.join(present[:8]) or 'none'}; "
@@ -65,7 +72,8 @@ def regular(path: str, flags: int) -> int:
     return handle
 
 
-def _refusal(name: str) -> str | None:
+def refusal(name: str) -> str | None:
+    """Return why a file of this name is no image, or None."""
     suffix = os.path.splitext(name)[1].lower()
     return None if suffix in SUFFIXES else f"not an image file ({suffix or 'no'} extension)"
 
@@ -91,7 +99,7 @@ def list_folder(folder: Path) -> tuple[dict[str, list[str]], list[Skipped]]:
             full = f"{owner}/{prefix}{entry.name}" if owner is not None else entry.name
             kind = _kind(entry)
             reason = None
-            if not _is_text(entry.name):
+            if not is_text(entry.name):
                 full = full.encode(errors="backslashreplace").decode()
                 reason = "the name is not UTF-8"
                 if owner is None and kind == _FOLDER:
@@ -109,11 +117,11 @@ def list_folder(folder: Path) -> tuple[dict[str, list[str]], list[Skipped]]:
                     pending.append((entry.path, owner, f"{prefix}{entry.name}/"))
             elif kind != _FILE:
                 reason = kind
-                if owner is None and entry.is_symlink() and _refusal(entry.name):
+                if owner is None and entry.is_symlink() and refusal(entry.name):
                     # a class folder on a disk that is not there: without it the labels of others would move
                     found[entry.name] = []
             else:
-                reason = _refusal(entry.name)
+                reason = refusal(entry.name)
                 if reason is None and owner is not None:
                     found[owner].append(prefix + entry.name)
                 elif reason is None:
@@ -153,7 +161,8 @@ def _entries(place: str) -> list[os.DirEntry[str]]:
         ) from error
 
 
-def _is_text(name: str) -> bool:
+def is_text(name: str) -> bool:
+    """Return whether a name is UTF-8."""
     try:
         name.encode()
     except UnicodeEncodeError:
@@ -185,11 +194,11 @@ def open_zip(path: Path) -> zipfile.ZipFile:
 
 
 class Member(NamedTuple):
-    """A file or folder in a zip file.
+    """A file or folder in an archive.
 
     Attributes:
         name: its path with ``/`` between folders, without empty parts and dots.
-        number: its position in the zip's directory.
+        number: its position in the archive's directory.
         is_folder: whether it is a folder.
         refusal: why it is left out, or None.
     """
@@ -200,34 +209,86 @@ class Member(NamedTuple):
     refusal: str | None
 
 
-def zip_members(entries: Sequence[zipfile.ZipInfo]) -> list[Member]:
-    """Return the files and folders among the entries of a zip file's directory, without those that systems make."""
+class ZipPlace(NamedTuple):
+    """Where a file in a zip lies, and how it is packed.
+
+    Attributes:
+        header: position of its own header.
+        packed: bytes in the zip.
+        unpacked: bytes that it has.
+        method: number of the method of compression.
+        checksum: CRC-32 of its content.
+    """
+
+    header: int
+    packed: int
+    unpacked: int
+    method: int
+    checksum: int
+
+
+def zip_members(entries: Iterable[zipfile.ZipInfo]) -> tuple[list[Member], np.ndarray]:
+    """Return the files and folders of a zip file's directory, without those that systems make, and all their places.
+
+    The places are int64 [entries, 5], each a `ZipPlace`.
+    """
     members = []
+    places = array("q")
     for number, entry in enumerate(entries):
-        # some programs write names with a leading "./", and some on Windows separate folders by backslashes
-        path = entry.filename.replace("\\", "/")
-        parts = [part for part in path.split("/") if part not in ("", ".")]
+        places.extend((entry.header_offset, entry.compress_size, entry.file_size, entry.compress_type, entry.CRC))
+        path, parts = _parts(entry.filename)
         if not parts or any(is_system_name(part) for part in parts if part != ".."):
             continue
         outside = path.startswith("/") or ".." in parts or _DRIVE.fullmatch(parts[0]) is not None
         name, is_folder = "/".join(parts), path.endswith(("/", "/."))
         if outside:
-            members.append(Member(entry.filename, number, is_folder, _OUTSIDE))
+            members.append(Member(entry.filename, number, is_folder, OUTSIDE))
         else:
             members.append(Member(name, number, is_folder, None if is_folder else _member_refusal(name, entry)))
-    return members
+    return members, np.array(places, np.int64).reshape(-1, len(ZipPlace._fields))
 
 
-def member_name(entry: zipfile.ZipInfo) -> str | None:
-    """Return the name that `zip_members` gives an entry, or None if it passes it over."""
-    members = zip_members([entry])
-    return members[0].name if members else None
+def _parts(name: str) -> tuple[str, list[str]]:
+    # some programs write names with a leading "./", and some on Windows separate folders by backslashes
+    path = name.replace("\\", "/")
+    return path, [part for part in path.split("/") if part not in ("", ".")]
+
+
+def unzip(place: ZipPlace, name: str, read: Callable[[int, int], bytes]) -> bytes | None:
+    """Return the content of a file in a zip, or None where another file lies at its place.
+
+    ``name`` is its path without empty parts and dots, and ``read`` returns the zip's bytes from a position on.
+
+    Raises:
+        OSError: the zip cannot be read there.
+        ValueError, zlib.error: the content is damaged.
+    """
+    header = read(place.header, _HEADER.size)
+    if len(header) < _HEADER.size or not header.startswith(_HEADER_START):
+        return None
+    _, flags, name_bytes, extra_bytes = _HEADER.unpack(header)
+    start = place.header + _HEADER.size
+    own = read(start, name_bytes).decode("utf-8" if flags & _UTF8 else "cp437", "replace")
+    # as the library reads names
+    if "/".join(_parts(zipfile.ZipInfo(own).filename)[1]) != name:
+        return None
+    packed = read(start + name_bytes + extra_bytes, place.packed)
+    if place.method == zipfile.ZIP_STORED:
+        content = packed
+    else:
+        # no more than the zip says, because a file may unpack to much more
+        content = zlib.decompressobj(-15).decompress(packed, place.unpacked + 1)
+    if len(content) != place.unpacked:
+        raise ValueError(f"{len(content)} bytes, expected {place.unpacked}")
+    if zlib.crc32(content) != place.checksum:
+        raise ValueError("Bad CRC-32")
+    return content
 
 
 def _member_refusal(name: str, entry: zipfile.ZipInfo) -> str | None:
-    refusal = _refusal(name)
-    if refusal is not None:
-        return refusal
+    reason = refusal(name)
+    if reason is not None:
+        return reason
     if entry.flag_bits & _ENCRYPTED:
         return "encrypted"
     if entry.compress_type not in _METHODS:
@@ -239,16 +300,16 @@ def _member_refusal(name: str, entry: zipfile.ZipInfo) -> str | None:
     return None
 
 
-def zip_prefix(members: Sequence[Member], split: str | None, path: Path) -> str:
-    """Return the folders in a zip file that hold the class folders, as ``[top folder/][split/]``.
+def members_prefix(members: Sequence[Member], split: str | None, where: str) -> str:
+    """Return the folders in an archive that hold the class folders, as ``[top folder/][split/]``.
 
-    ``members`` are the zip's contents. ``split`` is None for ``train`` where there is one, and ``""`` for no split.
-    ``path`` names the zip in the error message.
+    ``members`` are its contents. ``split`` is None for ``train`` where there is one, and ``""`` for no split.
+    ``where`` names the archive in the error message.
 
     Raises:
-        UsageError: the zip has no such split.
+        UsageError: the archive has no such split.
     """
-    images = [m.name for m in members if not m.is_folder and m.refusal != _OUTSIDE and not _refusal(m.name)]
+    images = [m.name for m in members if not m.is_folder and m.refusal != OUTSIDE and not refusal(m.name)]
     tops = sorted({name.split("/", 1)[0] for name in images if "/" in name})
     # a single top folder is a class if images lie directly in it, and else it just encloses the class folders
     wrapped = len(tops) == 1 and tops[0] not in SPLIT_NAMES and all(name.count("/") > 1 for name in images)
@@ -259,21 +320,22 @@ def zip_prefix(members: Sequence[Member], split: str | None, path: Path) -> str:
             if any(name.startswith(f"{start}{wanted}/") for name in images):
                 return f"{start}{wanted}/"
         if split:
-            raise UsageError(no_split(split, path, tops))
+            raise UsageError(no_split(split, where, tops))
     return tried[-1]
 
 
-def list_zip(members: Sequence[Member], prefix: str) -> tuple[dict[str, list[str]], list[Skipped], dict[str, int]]:
-    """Return the image names by class folder, the files left out, and the position of each image in the zip.
+def list_members(members: Sequence[Member], prefix: str) -> tuple[dict[str, list[str]], list[Skipped], dict[str, int]]:
+    """Return the image names by class folder, the files left out, and the number of each image.
 
-    Only members whose names start with ``prefix`` count. The positions are by ``class/name``.
+    Only members whose names start with ``prefix`` count, and of equal names the last one. Numbers are by
+    ``class/name``.
     """
     found: dict[str, list[str]] = {}
     skipped: list[Skipped] = []
     numbers: dict[str, int] = {}
     for member in members:
-        if member.refusal == _OUTSIDE:
-            skipped.append(Skipped(member.name, _OUTSIDE))
+        if member.refusal == OUTSIDE:
+            skipped.append(Skipped(member.name, OUTSIDE))
             continue
         path = f"{member.name}/" if member.is_folder else member.name
         if not path.startswith(prefix) or path == prefix:
@@ -288,8 +350,8 @@ def list_zip(members: Sequence[Member], prefix: str) -> tuple[dict[str, list[str
             skipped.append(Skipped(full, member.refusal or NO_CLASS_FOLDER))
             continue
         if full in numbers:
-            # as programs that unpack zips do it, the last one counts
-            skipped.append(Skipped(full, "the zip holds a later file of the same name"))
+            # as programs that unpack archives do it, the last one counts
+            skipped.append(Skipped(full, LATER))
         else:
             found[owner].append(name)
         numbers[full] = member.number

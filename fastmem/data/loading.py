@@ -142,7 +142,12 @@ class ViewReader:
 
     def read(self, positions: np.ndarray) -> Any:
         """Return a worker's result for the images at manifest positions int64 [n]; here it is a `Batch` of views."""
+        self.prepare(positions)
         return self.cut(positions)
+
+    def prepare(self, positions: np.ndarray) -> None:
+        """Tell the source which images are read next: those at manifest positions int64 [n]."""
+        self.source.prepare(self.manifest.index[positions].tolist())
 
     def cut(self, positions: np.ndarray) -> Batch:
         """Return the views of the images at manifest positions int64 [n]; images that cannot be read are left out."""

@@ -1,4 +1,4 @@
-"""Sources of images: a folder, a zip file or an array, with a label and a stable id for every image.
+"""Sources of images: a folder, a zip file, shards or an array, with a label and a stable id for every image.
 
 A folder or zip file holds one folder per class. Its images are listed once, sorted by label and name. An image's name
 is ``class/`` and its path below the class folder, and its id is a hash of that name, so the id depends neither on where
@@ -7,12 +7,11 @@ the images lie nor on which other images lie there.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import stat
 import zipfile
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+import zlib
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from io import BytesIO
@@ -22,146 +21,46 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image
 
-from fastmem.data.class_order import Classes, in_label_order
-from fastmem.data.decoding import DamagedImage, Skipped, decode
+from fastmem.data.class_order import MAX_UNNAMED_CLASSES, Classes, in_label_order
+from fastmem.data.decoding import DamagedImage, decode
 from fastmem.data.listing import (
-    MAX_ENTRY_BYTES,
+    ZipPlace,
     folder_names,
     list_folder,
-    list_zip,
-    member_name,
+    list_members,
+    members_prefix,
     mode_at,
     no_split,
     open_zip,
     regular,
+    unzip,
     zip_members,
-    zip_prefix,
 )
+from fastmem.data.parquet_source import ParquetSource
+from fastmem.data.shards import PARQUET, TOKENS, Pattern, Shards, is_pattern, is_shard, shards_in
+from fastmem.data.source import DIGEST_BYTES, EMBEDDED, IN_MEMORY, ImageSource, content_hash, image_ids
+from fastmem.data.tar_source import TarSource
+from fastmem.data.token_source import TokenSource, code_folders
 from fastmem.errors import InputFileError, UsageError
 
-# a larger label without class names is taken for a mistake, because every label up to it becomes a class
-MAX_UNNAMED_CLASSES = 1_000_000
-# length of the hash of an image's content
-DIGEST_BYTES = 16
-# words in place of a path, for images that come with the package and for images that exist in memory only
-EMBEDDED, IN_MEMORY = "embedded", "memory"
+__all__ = [
+    "DIGEST_BYTES",
+    "EMBEDDED",
+    "IN_MEMORY",
+    "ArraySource",
+    "FolderSource",
+    "ImageSource",
+    "ParquetSource",
+    "TarSource",
+    "TokenSource",
+    "ZipSource",
+    "embedded_source",
+    "image_ids",
+    "open_source",
+]
+
 # files are read in blocks of this size to be hashed
 _HASHED_BYTES = 2**20
-# files in a zip are unpacked in steps of this size
-_UNPACKED_BYTES = 2**16
-
-
-def image_ids(names: Iterable[str]) -> np.ndarray:
-    """Return the stable ids of images from their names ``class/name``: int64 [N] in [0, 2**63)."""
-    digests = b"".join(hashlib.blake2b(name.encode(), digest_size=8).digest() for name in names)
-    ids: np.ndarray = np.frombuffer(digests, dtype=">u8") & np.uint64(2**63 - 1)
-    return ids.astype(np.int64)
-
-
-class ImageSource(ABC):
-    """Base class of image sources: images with ids and labels, read by position.
-
-    A source can be pickled, so that worker processes can read its images.
-
-    Attributes:
-        ids: int64 [N] in [0, 2**63), different for every image.
-        labels: int64 [N], positions in ``classes``.
-        names: strings [N], ``class/name``.
-        classes: class names in label order; a class may have no images.
-        skipped: files that were found and left out.
-        description: a few words that name the source in messages.
-        place: absolute path from which ``open_source`` reads the same images again, or ``EMBEDDED`` or ``IN_MEMORY``.
-        split: the split to give ``open_source`` together with that path.
-    """
-
-    place: str = IN_MEMORY
-    split: str | None = None
-
-    def __init__(
-        self,
-        names: Sequence[str],
-        labels: np.ndarray,
-        classes: Sequence[str],
-        skipped: Sequence[Skipped],
-        description: str,
-        ids: np.ndarray | None = None,
-    ) -> None:
-        """Keep the list of images, and check that their ids differ.
-
-        Args:
-            names: ``class/name`` of each image.
-            labels: int64 [N], positions in ``classes``.
-            classes: class names in label order.
-            skipped: files that were found and left out.
-            description: a few words that name the source in messages.
-            ids: int64 [N], image ids; None for hashes of the names.
-
-        Raises:
-            UsageError: two images have the same id.
-        """
-        self.ids = image_ids(names) if ids is None else ids
-        self.labels = labels
-        # a single block of memory: of a million string objects, every forked worker would come to hold a copy
-        self.names = np.array(names, dtype=np.dtypes.StringDType())
-        self.classes = tuple(classes)
-        self.skipped = list(skipped)
-        self.description = description
-        self._by_id = np.argsort(self.ids, kind="stable")
-        ordered = self.ids[self._by_id]
-        twice = np.flatnonzero(ordered[1:] == ordered[:-1])
-        if len(twice):
-            first, second = (self.names[self._by_id[twice[0] + step]] for step in (0, 1))
-            raise UsageError(
-                f"expected a different id for every image in {description}, got id {ordered[twice[0]]} for both "
-                f"{first!r} and {second!r}; rename or remove one of them"
-            )
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def index_of(self, ids: np.ndarray) -> np.ndarray:
-        """Return the positions, int64 [M], of the images with ids int64 [M].
-
-        Raises:
-            UsageError: the source has no image with one of the ids.
-        """
-        ids = np.asarray(ids, dtype=np.int64)
-        where = np.searchsorted(self.ids, ids, sorter=self._by_id)
-        index = self._by_id[np.minimum(where, len(self) - 1)]
-        unknown = np.flatnonzero(self.ids[index] != ids)
-        if len(unknown):
-            raise UsageError(
-                f"expected ids of images in {self.description}, got {len(unknown)} that are not there, the first "
-                f"{ids[unknown[0]]}; use the images that the ids were made from"
-            )
-        return index
-
-    def name(self, image_id: int) -> str:
-        """Return the name, ``class/name``, of the image with an id.
-
-        Raises:
-            UsageError: the source has no image with that id.
-        """
-        return str(self.names[self.index_of(np.array([image_id]))[0]])
-
-    @abstractmethod
-    def read(self, index: int) -> Image.Image:
-        """Return the image at position ``index`` as an RGB picture.
-
-        Raises:
-            DamagedImage: the file is missing, damaged or above a limit.
-        """
-
-    def digest(self, index: int) -> bytes:
-        """Return a hash, 16 bytes, of the content of the image at position ``index``, to notice when it changes.
-
-        This method hashes the pixels; sources that read files hash the bytes of the file.
-
-        Raises:
-            DamagedImage: the image cannot be read.
-        """
-        image = self.read(index)
-        return _hash([repr(image.size).encode(), image.tobytes()])
 
 
 class FolderSource(ImageSource):
@@ -199,7 +98,7 @@ class FolderSource(ImageSource):
 
     def digest(self, index: int) -> bytes:
         with self._opened(index) as file:
-            return _hash(iter(partial(file.read, _HASHED_BYTES), b""))
+            return content_hash(iter(partial(file.read, _HASHED_BYTES), b""))
 
     @contextmanager
     def _opened(self, index: int) -> Iterator[BinaryIO]:
@@ -234,45 +133,44 @@ class ZipSource(ImageSource):
 
     def __init__(self, path: str | os.PathLike[str], split: str | None = None, classes: Classes | None = None) -> None:
         self.path = Path(path)
-        self.place, self.split = os.path.abspath(path), split
-        self._zip: zipfile.ZipFile | None = None
-        self._owner = 0
+        self._shards = Shards([self.path])
         with open_zip(self.path) as archive:
-            members = zip_members(archive.infolist())
-        self._prefix = zip_prefix(members, split, self.path)
+            self._shards.size(0)
+            self._shards.close()
+            # a million entries of the directory take most of a GB, so each goes as soon as it is read
+            archive.NameToInfo.clear()
+            members, places = zip_members(_emptied(archive.infolist()))
+        self._prefix = members_prefix(members, split, str(self.path))
         description = f"zip {self.path}" + (f":{self._prefix[:-1]}" if self._prefix else "")
-        found, skipped, numbers = list_zip(members, self._prefix)
+        found, skipped, numbers = list_members(members, self._prefix)
         names, labels, ordered = in_label_order(found, skipped, classes, description, guess=split is None)
-        # position of each image in the zip's directory, because its name there may be written otherwise
-        self._numbers = np.array([numbers[name] for name in names], dtype=np.int64)
+        # where each image lies, so that no process has to read the zip's directory again
+        self._places = places[np.array([numbers[name] for name in names], dtype=np.int64)]
         super().__init__(names, labels, ordered, skipped, description)
-
-    def __getstate__(self) -> dict[str, object]:
-        return self.__dict__ | {"_zip": None}
+        self.place, self.split = os.path.abspath(path), split
 
     def read(self, index: int) -> Image.Image:
         return decode(BytesIO(self._content(index)), str(self.names[index]))
 
     def digest(self, index: int) -> bytes:
-        return _hash([self._content(index)])
+        return content_hash([self._content(index)])
 
     def _content(self, index: int) -> bytes:
-        # an open file and its position are shared with a forked worker, so every process opens the file itself
-        if self._zip is None or self._owner != os.getpid():
-            self._zip, self._owner = open_zip(self.path), os.getpid()
-        name, number = str(self.names[index]), self._numbers[index]
-        entries = self._zip.infolist()
-        if number >= len(entries) or member_name(entries[number]) != self._prefix + name:
-            raise DamagedImage("not in the zip any more", name)
-        if entries[number].file_size > MAX_ENTRY_BYTES:
-            raise DamagedImage(f"huge: {entries[number].file_size} bytes, the limit is {MAX_ENTRY_BYTES}", name)
+        name, place = str(self.names[index]), ZipPlace(*self._places[index].tolist())
         try:
-            # in steps, because the file may unpack to more than the size that the zip says
-            with self._zip.open(entries[number]) as file:
-                return b"".join(iter(partial(file.read, _UNPACKED_BYTES), b""))
-        # compression methods, encryption and check sums all raise exceptions of their own
-        except Exception as error:
+            content = unzip(place, self._prefix + name, partial(self._shards.read, 0))
+        except (OSError, ValueError, zlib.error) as error:
             raise DamagedImage(f"damaged in the zip: {error or type(error).__name__}", name) from error
+        if content is None:
+            raise DamagedImage("not in the zip any more", name)
+        return content
+
+
+def _emptied(entries: list[zipfile.ZipInfo]) -> Iterator[zipfile.ZipInfo]:
+    """Yield the entries of a list, and take them out of it."""
+    entries.reverse()
+    while entries:
+        yield entries.pop()
 
 
 class ArraySource(ImageSource):
@@ -323,23 +221,65 @@ class ArraySource(ImageSource):
         return Image.fromarray(self._images[index])
 
 
-def open_source(
-    path: str | os.PathLike[str], split: str | None = None, classes: Classes | None = None
-) -> FolderSource | ZipSource:
-    """Open the folder or the zip file of images at ``path``.
+def open_source(path: Pattern, split: str | None = None, classes: Classes | None = None) -> ImageSource:
+    """Open the images at ``path``: a folder, a zip file, tar or parquet files, or a pattern or a list of these.
 
-    ``split`` is the folder below ``path`` that holds the class folders; by default ``train`` where there is one.
-    ``classes`` are the class folder names in label order, or a text file of them; by default they are sorted.
+    A file is taken for what its content is. In a folder of tar or parquet files, those whose names begin with the split
+    are taken.
+
+    Args:
+        path: a path, a pattern of shards as in `fastmem.data.shards`, or a list of paths.
+        split: the folder below ``path``, or in the archive, that holds the class folders; by default ``train`` where
+            there is one.
+        classes: the class names in label order, or a text file of them.
 
     Raises:
         InputFileError: nothing is at ``path``, or it is damaged.
-        UsageError: something else is at ``path``, or no image lies in a class folder.
+        UsageError: something else is at ``path``, or no image has a class.
     """
-    place = Path(path)
-    is_file = stat.S_ISREG(mode_at(place, "a folder or a zip file of images"))
-    if is_file and (place.suffix.lower() == ".zip" or zipfile.is_zipfile(place)):
-        return ZipSource(place, split, classes)
-    return FolderSource(place, split, classes)
+    one = os.fspath(path) if isinstance(path, (str, os.PathLike)) else None
+    if one is not None and (os.path.exists(one) or not is_pattern(one)):
+        place = Path(one)
+        mode = mode_at(place, "a folder, a zip file or shards of images")
+        if stat.S_ISDIR(mode):
+            if code_folders(place) is not None:
+                return _open_tokens(place, split, classes)
+            shards = shards_in(place, split)
+            if not shards:
+                return FolderSource(place, split, classes)
+            source = _open_shards(shards, None, classes)
+            source.place, source.split = os.path.abspath(place), split
+            return source
+        if not stat.S_ISREG(mode):
+            return FolderSource(place, split, classes)
+        if place.suffix.lower() == ".zip" or zipfile.is_zipfile(place):
+            return ZipSource(place, split, classes)
+        if not is_shard(place):
+            raise UsageError(
+                f"expected a folder of images at {place}, got a file; give a folder or a .zip file, or .tar or "
+                ".parquet files"
+            )
+    return _open_shards(path, split, classes)
+
+
+def _open_shards(pattern: Pattern, split: str | None, classes: Classes | None) -> ImageSource:
+    """Open shards as what the first of them is; see ``open_source`` for the errors."""
+    shards = Shards(pattern)
+    kind = shards.kind(0)
+    if kind == TOKENS:
+        return _open_tokens(pattern, split, classes)
+    if kind != PARQUET:
+        # the list of a tar file says best what is wrong with a file that is none
+        return TarSource(pattern, split, classes)
+    if split:
+        raise UsageError(f"expected no split of the parquet file {shards.paths[0]}, got {split!r}; name its shards")
+    return ParquetSource(pattern, classes)
+
+
+def _open_tokens(path: Pattern, split: str | None, classes: Classes | None) -> TokenSource:
+    if split:
+        raise UsageError(f"expected no split of the tokens {path}, got {split!r}; name the files of the split")
+    return TokenSource(path, classes)
 
 
 def embedded_source(split: str) -> ZipSource:
@@ -351,13 +291,6 @@ def embedded_source(split: str) -> ZipSource:
     source = ZipSource(Path(__file__).resolve().parent.parent / "demo" / "emoji64.zip", split)
     source.place = EMBEDDED
     return source
-
-
-def _hash(parts: Iterable[bytes]) -> bytes:
-    digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
-    for part in parts:
-        digest.update(part)
-    return digest.digest()
 
 
 def _whole_numbers(values: np.ndarray | Sequence[int], count: int, what: str) -> np.ndarray:

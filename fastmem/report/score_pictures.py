@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from fastmem.data.decoding import DamagedImage
 from fastmem.data.sources import ImageSource
+from fastmem.data.token_source import NoPixels
 from fastmem.files import write_atomically
 from fastmem.ranking.gap import Gap
 from fastmem.ranking.selection import find_matched, matched_to, ranked_segments
@@ -211,6 +212,8 @@ def draw_image(axis: Axes, source: ImageSource, image_id: int, caption: str) -> 
         picture = source.read(int(source.index_of(np.array([image_id]))[0]))
         picture.thumbnail((160, 160))
         axis.imshow(np.asarray(picture))
+    except NoPixels:
+        axis.text(0.5, 0.5, "tokens alone", ha="center", va="center", fontsize=6)
     except DamagedImage as error:
         # the image was readable when it was scored, so its file has changed since
         axis.text(0.5, 0.5, error.reason, ha="center", va="center", fontsize=6, wrap=True)

@@ -21,7 +21,7 @@ from fastmem.backends.select import Backend, choose_backend
 from fastmem.data.decoding import Skipped
 from fastmem.data.loading import Flow, check_readable
 from fastmem.data.manifest import Manifest, WorkUnit
-from fastmem.data.sources import ImageSource
+from fastmem.data.sources import ImageSource, TokenSource
 from fastmem.data.views import Joined
 from fastmem.errors import InputFileError, UsageError
 from fastmem.files import read_json, read_tensors, write_json, write_tensors
@@ -43,8 +43,8 @@ from fastmem.tokens.encoding import tokens_of
 
 STATE_SCHEMA = "fastmem.score-state/2"
 SKIPPED_SCHEMA = "fastmem.skipped/1"
-# images in a work unit, at most
-UNIT_IMAGES = 64
+# images in a work unit, at most; a GPU does many in the time that a unit's results take to be added
+UNIT_IMAGES, GPU_UNIT_IMAGES = 64, 1024
 # progress is saved at this interval
 SAVE_SECONDS = 30.0
 
@@ -171,6 +171,7 @@ class _Scorer:
         self.loaded = Joined(self.recipe, self.model.view_recipe("center")) if self.adds_centre else self.recipe
         self.segments = self.model.find_segments(self.settings.segments)
         self.shape = (self.model.num_layers, len(self.segments), self.model.num_units)
+        self.unit_images = UNIT_IMAGES if self.model.device.type == "cpu" else GPU_UNIT_IMAGES
         # for every position in the training manifest, whether the image is matched to the held-out set
         self.matched: np.ndarray | None = None
         self.skipped: dict[str, list[Skipped]] = {}
@@ -194,6 +195,9 @@ class _Scorer:
         self.identity = self._identity(manifests)
         leads = self.ranks is None or self.ranks.leads
         goes_on = leads and self.folder is not None and self.folder.check(self.identity, resume)
+        if any(isinstance(source, TokenSource) for source in sets.values()):
+            # they need not be kept a second time
+            self.cache = None
         tokens, self.cache = plan_tokens(self.cache, self.loaded, manifests, self.reporter.note)
         if leads:
             if check_classes and not goes_on:
@@ -267,6 +271,7 @@ class _Scorer:
             "device": self.model.device.type,
             "backend": self.backend.name,
             "recipe": self.recipe.name,
+            "work_unit": self.unit_images,
             "settings": settings,
             "manifests": {split: manifest.hash for split, manifest in manifests.items()},
         }
@@ -353,7 +358,7 @@ class _Scorer:
     def _score_set(self, split: str, source: ImageSource, manifest: Manifest) -> tuple[UnitStats, int]:
         """Score one set, or read its results; return its statistics and the number of images scored now."""
         folder, helps = self.folder, self.ranks is not None and not self.ranks.leads
-        units = manifest.work_units(UNIT_IMAGES)
+        units = manifest.work_units(self.unit_images)
         if helps:
             self._help(split, source, manifest, units)
         if folder is not None and (helps or folder.stats_file(split).exists()):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastmem.data.manifest import Manifest
+from fastmem.data.shards import is_pattern
 from fastmem.data.sources import ImageSource, open_source
 from fastmem.errors import UsageError
 from fastmem.quality.features import FeatureExtractor, Reference, SSCDFeatures
@@ -130,7 +131,8 @@ def find_references(
 
 def _reference_images(run: OpenedRun, reference: str) -> tuple[ImageSource, Manifest, str]:
     if reference not in SETS:
-        source = open_source(Path(reference).resolve(), classes=run.sources["train"].classes)
+        place = reference if is_pattern(reference) else Path(reference).resolve()
+        source = open_source(place, classes=run.sources["train"].classes)
         return source, Manifest.build(source), source.description
     if reference not in run.manifests:
         raise UsageError(

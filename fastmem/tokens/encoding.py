@@ -14,13 +14,18 @@ from fastmem.data.decoding import DamagedImage, Skipped
 from fastmem.data.loading import Batch, Flow, ViewReader, load, load_views
 from fastmem.data.manifest import Manifest
 from fastmem.data.sources import ImageSource
-from fastmem.data.views import Views, to_unit_range
+from fastmem.data.token_source import TEN, TokenSource
+from fastmem.data.views import CenterCrop, TenCrop, Views, to_unit_range
 from fastmem.errors import InputFileError, UsageError
 from fastmem.models.model import Model
-from fastmem.tokens.cache import SHARD_IMAGES, Rows, TokenCache
+from fastmem.tokens.cache import SHARD_IMAGES, Rows, TokenCache, parts_of
 
 # a function that is given one sentence for a person to read
 Note = Callable[[str], None]
+
+
+# stored tokens are compared with the model at the first of so many images that is not damaged
+TRIED = 64
 
 
 class TokenBatch(NamedTuple):
@@ -69,11 +74,73 @@ def tokens_of(
     Raises: UsageError where a position is out of range, the manifest is of another source, or ``workers`` is negative;
     FastmemError where a worker process died (raised while iterating).
     """
+    if isinstance(source, TokenSource):
+        stored = _StoredReader(source, manifest, recipe)
+        stored.check(model, note)
+        return (TokenBatch(p, t.to(model.device), s) for p, t, s in load(stored, batches, workers or 0))
     if cache is None:
         loaded = load_views(source, manifest, batches, recipe, workers)
         return (TokenBatch(b.positions, encode(model, b.views), b.skipped) for b in loaded)
     reader = _TokenReader(source, manifest, recipe, cache)
     return _through_cache(model, reader, load(reader, batches, workers), keep, note)
+
+
+class _StoredReader(ViewReader):
+    """Reads batches of tokens that were encoded before, and so are stored in place of the images."""
+
+    def __init__(self, source: TokenSource, manifest: Manifest, recipe: Views) -> None:
+        super().__init__(source, manifest, recipe)
+        self.stored = source
+        self.centre = 0
+        self.chosen = [view for part in parts_of(recipe) for view in self._views_of(part)]
+
+    def check(self, model: Model, note: Note) -> None:
+        """Check the first tokens against the model. Raises: UsageError where they are another tokenizer's."""
+        self.width, self.limit = model.num_tokens, model.vocabulary
+        for index in range(min(len(self.stored), TRIED)):
+            try:
+                found = self.stored.tokens(index)
+            except DamagedImage:
+                continue
+            if found.shape[1] != self.width or found.max() >= self.limit:
+                raise UsageError(
+                    f"expected {self.width} tokens below {self.limit} of every view for {model.name}, got "
+                    f"{found.shape[1]} up to {found.max()} in {self.source.description}: give those of its tokenizer"
+                )
+            break
+        if self.centre and any(isinstance(part, CenterCrop) for part in parts_of(self.recipe)):
+            note("the centre view is that of the ten crops, because no other is stored as tokens")
+
+    def _views_of(self, recipe: Views) -> Sequence[int]:
+        """Return which of the stored views are those of a recipe."""
+        views = self.stored.views
+        if isinstance(recipe, TenCrop) and views >= TEN:
+            return range(recipe.count)
+        if isinstance(recipe, CenterCrop):
+            # after the four corners, where there are ten crops
+            self.centre = 4 if views >= TEN else 0
+            return [self.centre]
+        raise UsageError(
+            f"expected tokens of the views {recipe.name}, got those of {views} crops in {self.source.description}: "
+            "give the images, or --views center"
+        )
+
+    def read(self, positions: np.ndarray) -> tuple[np.ndarray, Tensor, list[Skipped]]:
+        kept, rows, skipped = [], [], []
+        for position in positions.tolist():
+            try:
+                found = self.stored.tokens(int(self.manifest.index[position]))
+                if found.shape[1] != self.width or found.max() >= self.limit:
+                    raise DamagedImage(
+                        f"damaged tokens: {found.shape[1]} up to {found.max()}, not {self.width} below {self.limit}"
+                    )
+            except DamagedImage as error:
+                skipped.append(Skipped(str(self.manifest.names[position]), error.reason))
+            else:
+                kept.append(position)
+                rows.append(found[self.chosen])
+        tokens = np.stack(rows) if rows else np.empty((0, len(self.chosen), self.width), np.int64)
+        return np.array(kept, dtype=np.int64), torch.from_numpy(tokens), skipped
 
 
 def encode(model: Model, views: Tensor) -> Tensor:
@@ -116,6 +183,7 @@ class _TokenReader(ViewReader):
 
     def read(self, positions: np.ndarray) -> _Read:
         damaged: list[str] = []
+        self.prepare(positions)
         contents = self._contents(positions.tolist())
         known = {p: found for p in contents if (found := self._known(p, contents[p], damaged)) is not None}
         unknown = np.array([p for p in positions.tolist() if p not in known], dtype=np.int64)

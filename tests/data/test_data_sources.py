@@ -442,7 +442,7 @@ def test_odd_and_huge_zip_entries_are_named(tmp_path: Path, monkeypatch: pytest.
         archive.writestr(link, "a.jpeg")
     source = ZipSource(path)
     assert list(source.names) == ANIMAL_NAMES
-    outside = "its path leads out of the zip file"
+    outside = "its path leads out of the archive"
     assert source.skipped == [
         Skipped("../cat/0.png", outside),
         Skipped("..\\cat\\0.png", outside),
@@ -462,7 +462,7 @@ def test_of_the_same_name_twice_the_last_is_read(other: str, tmp_path: Path) -> 
         archive.writestr(other, encoded(2))
     source = ZipSource(tmp_path / "a.zip")
     assert list(source.names) == ["cat/a.png"]
-    assert source.skipped == [Skipped("cat/a.png", "the zip holds a later file of the same name")]
+    assert source.skipped == [Skipped("cat/a.png", "the archive holds a later file of the same name")]
     assert np.array_equal(source.read(0), decode(io.BytesIO(encoded(2))))
 
 
