@@ -19,6 +19,7 @@ from PIL import Image
 import fastmem
 from fastmem import InputFileError, UsageError
 from fastmem.cli import cli
+from fastmem.data.token_source import NoPixels
 from fastmem.demo.lessons import lessons
 from fastmem.extraction.verdicts import Count
 from fastmem.report.page.album import MOST_BYTES, Album, in_bytes
@@ -132,6 +133,17 @@ def test_pictures_end_where_the_room_ends(hostile_run):
     small.show([small.number(int(i)) for i in story.manifests["train"].ids])
     assert (len(small.document()["pictures"]), small.left_out) == (5, 7)
     assert Album(story, True).number(1) == -1
+
+
+def test_a_set_of_tokens_alone_has_a_page_without_its_pictures(hostile_run, monkeypatch):
+    def refuse(index: int) -> Image.Image:
+        raise NoPixels("expected images, got their tokens alone")
+
+    monkeypatch.setattr(hostile_run.run.sources["train"], "read", refuse)
+    story = hostile_run.story()
+    album = Album(story, True)
+    album.show([album.number(int(i)) for i in story.manifests["train"].ids])
+    assert (album.document()["picture"], album.left_out) == ([-1] * 12, 0)
 
 
 def test_the_summary_has_each_count_with_interval_and_control(hostile_run):

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from fastmem.data.decoding import DamagedImage
+from fastmem.data.token_source import NoPixels
 from fastmem.models.model import Model
 from fastmem.quality.features import to_bytes
 from fastmem.report.page.story import Story
@@ -77,8 +78,8 @@ class Album:
             source, manifest = self._sources[split], self._manifests[split]
             try:
                 picture = source.read(int(manifest.index[row]))
-            except DamagedImage:
-                # it was readable when it was scored, so its file has changed since
+            except (DamagedImage, NoPixels):
+                # its file has changed since it was scored, or the set holds tokens alone
                 self._of_image[number] = NONE
                 continue
             self._of_image[number] = self._add(picture)

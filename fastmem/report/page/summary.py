@@ -170,9 +170,7 @@ def _of_unedited(extraction: FinishedExtraction) -> Iterator[Finding]:
     original = d.extracted_original[key]
     if original is not None:
         count = Count(original, d.candidates)
-        top = (
-            "" if d.ceiling is None else f"the ceiling: {count_of(d.ceiling, 'reconstruction')} reach the image"
-        )
+        top = "" if d.ceiling is None else f"the ceiling: {count_of(d.ceiling, 'reconstruction')} reach the image"
         yield Finding("Against the image itself, not its reconstruction", f"{original:,}", _share(count), top)
     alarm, at_alarm = d.false_alarm_threshold[key], d.extracted_at_false_alarms[key]
     if alarm is not None and at_alarm is not None:
