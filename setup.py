@@ -259,7 +259,12 @@ if __name__ == "__main__":
         packages=find_packages(),
         package_dir={"fastmem": "fastmem", "fastmem.kernels": "kernels"},
         # whole folders, so that nobody forgets a file; not backends, where old libraries of this checkout may lie
-        package_data={"fastmem": ["py.typed"], "fastmem.demo": ["*"], "fastmem.report": ["*"]},
+        package_data={
+            "fastmem": ["py.typed"],
+            "fastmem.demo": ["*"],
+            "fastmem.report": ["*"],
+            "fastmem.report.page": ["*"],
+        },
         include_package_data=False,
         distclass=PlatformDistribution,
         cmdclass={"build": Build, "build_native": BuildNative, "bdist_wheel": PlatformWheel},

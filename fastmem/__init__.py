@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from fastmem.stages.mitigate import mitigate
     from fastmem.stages.opened_run import OpenedRun, open_run
     from fastmem.stages.options import SSCDOptions
+    from fastmem.stages.report import report as report
     from fastmem.stages.score import score
     from fastmem.stages.status import status
     from fastmem.stages.sweep import sweep as sweep
@@ -82,6 +83,7 @@ _HOMES = {
     "open_source": "fastmem.data.sources",
     "owners": "fastmem.ranking.ownership",
     "reliability": "fastmem.ranking.reliability",
+    "report": "fastmem.stages.report",
     "responses": "fastmem.scoring.score",
     "scale_units": "fastmem.mitigation.scaling",
     "score": "fastmem.stages.score",
@@ -124,6 +126,7 @@ __all__ = [
     "open_source",
     "owners",
     "reliability",
+    "report",
     "responses",
     "scale_units",
     "score",
@@ -146,9 +149,9 @@ def __dir__() -> list[str]:
     return sorted([*globals(), *_HOMES])
 
 
-# the stages ``fastmem.index`` and ``fastmem.sweep`` share their names with the rooms in which their work is done, and
-# Python binds a room's name in the package as soon as anything in it is imported
-_CALLABLE_ROOMS = ("index", "sweep")
+# the stages ``fastmem.index``, ``fastmem.report`` and ``fastmem.sweep`` share their names with the rooms in which their
+# work is done, and Python binds a room's name in the package as soon as anything in it is imported
+_CALLABLE_ROOMS = ("index", "report", "sweep")
 
 
 class _CallableRoom(ModuleType):

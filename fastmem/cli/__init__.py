@@ -29,7 +29,8 @@ COMMANDS = {
     "sweep": ("fastmem.cli.sweep", "Measures edits of many sizes and selections beside their controls."),
     "merge": ("fastmem.cli.merge", "Makes one run of several: shards of a job, or runs over different images."),
     "status": ("fastmem.cli.status", "Says how far the work in a folder is, from another terminal too."),
-    "demo": ("fastmem.cli.demo", "Scores an embedded model on the embedded images."),
+    "report": ("fastmem.cli.report", "Writes one HTML page of everything that a run has found."),
+    "demo": ("fastmem.cli.demo", "Goes through a whole study of an embedded model, to its page."),
     "doctor": ("fastmem.cli.doctor", "Says what this machine offers, which backend will run, and what is missing."),
 }
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from fastmem.data.manifest import Manifest
+from fastmem.errors import InputFileError
 from fastmem.extraction.association import Association
 from fastmem.extraction.extract import Extraction, Verdicts
 from fastmem.extraction.verdicts import Count
-from fastmem.files import write_table
+from fastmem.files import check_tensors, read_tensors, write_table, write_tensors
 
+COMPLETIONS_SCHEMA = "fastmem.completions/1"
 # edges of the bins of similarity histograms
 BINS = np.round(np.linspace(-1, 1, 41), 2)
 
@@ -150,6 +155,143 @@ def write_verdicts(
                 )
             )
     write_table(path, pyarrow.concat_tables(tables), owner)
+
+
+@dataclass(frozen=True, eq=False)
+class KeptVerdicts:
+    """The verdicts of a finished extraction on N targets of one set from P prefix lengths, read from its table.
+
+    Attributes:
+        ids: image ids, int64 [N].
+        candidate: whether a target is a candidate of the whole set, bool [N].
+        score: share of right tokens over the last positions, float [N].
+        ceiling: similarity of the reconstruction and the image, float [N]; NaN where it was not measured.
+        match: share of right tokens after the prefix, float [P,N].
+        similarity: of the completion and the reconstruction, float [P,N].
+        original: of the completion and the image, float [P,N]; NaN where it was not measured.
+        nearest: id of the training image nearest to the completion, int64 [P,N]; -1 without an index.
+        nearest_similarity: of the completion and that image, float [P,N]; NaN without an index.
+    """
+
+    ids: np.ndarray
+    candidate: np.ndarray
+    score: np.ndarray
+    ceiling: np.ndarray
+    match: np.ndarray
+    similarity: np.ndarray
+    original: np.ndarray
+    nearest: np.ndarray
+    nearest_similarity: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def keep_verdicts(
+    table: Any, path: Path, extracted: Mapping[int, int], threshold: float, manifests: Mapping[str, Manifest]
+) -> dict[str, KeptVerdicts]:
+    """Take a table that ``write_verdicts`` wrote apart by set, and check that it is the one that was counted.
+
+    Args:
+        table: the pyarrow table.
+        path: its file, named in the message.
+        extracted: how many training candidates came back, by prefix length, as its extraction's document says.
+        threshold: above this similarity a target counts as extracted.
+        manifests: the images by set.
+
+    Raises: InputFileError where it is of other images, prefixes or verdicts.
+    """
+    from pyarrow import compute
+
+    found = {}
+    for split, manifest in manifests.items():
+        own = table.filter(compute.equal(table["set"], split))
+        rows = [own.filter(compute.equal(own["prefix"], prefix)) for prefix in extracted]
+        ids = [row["id"].to_numpy() for row in rows]
+        if any(not np.array_equal(ids[0], other) for other in ids) or not np.isin(ids[0], manifest.ids).all():
+            raise _other_verdicts(path, f"the images of the set {split}", "others")
+        found[split] = _kept(rows)
+    if sum(map(len, found.values())) * len(extracted) != len(table):
+        raise _other_verdicts(path, f"the prefixes {', '.join(map(str, extracted))}", "others")
+    train = found["train"]
+    counted = [int((row[train.candidate] > threshold).sum()) for row in train.similarity.astype(np.float32)]
+    if counted != list(extracted.values()):
+        raise _other_verdicts(path, f"{', '.join(map(str, extracted.values()))} extracted images", str(counted)[1:-1])
+    return found
+
+
+def _other_verdicts(path: Path, expected: str, got: str) -> InputFileError:
+    return InputFileError(f"expected {expected} in {path}, got {got}: extract again")
+
+
+def _kept(rows: Sequence[Any]) -> KeptVerdicts:
+    """The verdicts of one set, from its tables by prefix length."""
+
+    def numbers(name: str) -> np.ndarray:
+        columns = [row[name].to_numpy(zero_copy_only=False).astype(np.float64) for row in rows]
+        return np.stack(columns)
+
+    return KeptVerdicts(
+        rows[0]["id"].to_numpy().astype(np.int64),
+        rows[0]["candidate"].to_numpy(zero_copy_only=False).astype(bool),
+        numbers("candidate_score")[0],
+        numbers("ceiling")[0],
+        numbers("token_match"),
+        numbers("similarity"),
+        numbers("similarity_to_image"),
+        np.stack([row["nearest_id"].fill_null(-1).to_numpy() for row in rows]).astype(np.int64),
+        numbers("nearest_similarity"),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Completions:
+    """The tokens of N targets of one set and of their completions from P prefix lengths.
+
+    ``ids`` are image ids, int64 [N]; ``true`` are the targets' tokens, int64 [N,T]; ``made`` are the completions, int64
+    [P,N,T].
+    """
+
+    ids: np.ndarray
+    true: Tensor
+    made: Tensor
+
+
+def write_completions(path: Path, extraction: Extraction, run: str) -> None:
+    """Write the tokens of all targets and completions; ``run`` is the id of the run that they are of.
+
+    Raises: UsageError where the file cannot be written.
+    """
+    tensors: dict[str, Tensor] = {}
+    for split, verdicts in extraction.sets.items():
+        tensors |= {
+            f"{split}.ids": torch.from_numpy(verdicts.targets.ids),
+            f"{split}.true": verdicts.targets.tokens.int(),
+            f"{split}.made": verdicts.tokens.int(),
+        }
+    write_tensors(path, tensors, COMPLETIONS_SCHEMA, {"run_id": run})
+
+
+def read_completions(path: Path, run: str, verdicts: Mapping[str, KeptVerdicts]) -> dict[str, Completions]:
+    """Read tokens that ``write_completions`` wrote for a run, by set; ``verdicts`` are those on the same targets.
+
+    Raises: InputFileError where the file is missing, is damaged, is another run's, or has other targets.
+    """
+    tensors, _ = read_tensors(path, COMPLETIONS_SCHEMA, owner={"run_id": run})
+    found = {}
+    for split, own in verdicts.items():
+        prefixes, count = own.similarity.shape
+        expected = {
+            f"{split}.ids": ("int64", (count,)),
+            f"{split}.true": ("int32", (count, "T")),
+            f"{split}.made": ("int32", (prefixes, count, "T")),
+        }
+        check_tensors(path, tensors, expected)
+        ids = tensors[f"{split}.ids"].numpy()
+        if not np.array_equal(ids, own.ids):
+            raise InputFileError(f"expected the targets of verdicts.parquet in {path}, got others: extract again")
+        found[split] = Completions(ids, tensors[f"{split}.true"].long(), tensors[f"{split}.made"].long())
+    return found
 
 
 def _or_null(values: np.ndarray) -> Any:

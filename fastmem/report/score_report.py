@@ -17,9 +17,10 @@ from fastmem.ranking.gap import Gap, gap
 from fastmem.ranking.ownership import owned_units, owners
 from fastmem.ranking.reliability import Reliability, reliability
 from fastmem.ranking.selection import FRACTION, possible_rankings, select
+from fastmem.report.environment import environment
 from fastmem.report.image_table import write_image_table
 from fastmem.report.unit_table import TopUnit, names_by_id, top_units, write_unit_table
-from fastmem.runs.folder import RESULT_SCHEMA, RunFolder
+from fastmem.runs.folder import RESULT_SCHEMA, RunFolder, run_id
 from fastmem.scoring.membership import Membership, loss_scores, membership
 from fastmem.scoring.score import ScoreResult
 from fastmem.stats import UnitStats
@@ -119,6 +120,7 @@ def write_report(
     place = path if place is None else place
     document = {
         "run": str(place),
+        "run_id": run_id(folder.identity()),
         "model": name,
         "backend": result.backend,
         "device": result.device,
@@ -136,6 +138,7 @@ def write_report(
         "reliability": {by: _numbers(asdict(r)) for by, r in found.reliability.items()},
         "gap": None if found.gap is None else gap_document(found.gap, stats),
         "membership": {by: m.document() for by, m in found.membership.items()},
+        "environment": environment(result.device),
         "tables": [str(place / table.name) for table in tables],
         "pictures": [str(place / picture.name) for picture in pictures],
     }

@@ -172,8 +172,8 @@ def owned(folder: Path, work: str, ranks: Callable[[], tuple[int, int]] = _alone
             yield
             if not file.exists():
                 raise UsageError(
-                    f"expected {folder} to stay while it is worked in, got it removed or emptied in the middle: run the "
-                    "command again, with --resume where something is left there"
+                    f"expected {folder} to stay while it is worked in, got it removed or emptied in the middle: run "
+                    "the command again, with --resume where something is left there"
                 )
         ended = True
     finally:

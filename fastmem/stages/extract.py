@@ -23,7 +23,7 @@ from fastmem.files import read_table, write_json
 from fastmem.index.build import default_index_folder
 from fastmem.index.search import EmbeddingIndex
 from fastmem.mitigation.edit_file import EditPlan
-from fastmem.report.extraction_report import describe, write_verdicts
+from fastmem.report.extraction_report import describe, write_completions, write_verdicts
 from fastmem.reporter import QUIET, SILENT, Reporter, Work
 from fastmem.runs.owner import owned
 from fastmem.stages.index import IndexResult
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     import pyarrow
 
 SCHEMA = "fastmem.extraction/1"
+# what the pictures of a page are decoded from
+COMPLETIONS = "completions.safetensors"
 # the columns of a table of verdicts that are never empty
 VERDICT_COLUMNS = {
     "id": "int64",
@@ -351,6 +353,7 @@ def _finish(
     }
     title = edit.title(run.model)
     write_verdicts(table, found, run.manifests, _table_owner(run.id, settings))
+    write_completions(folder / COMPLETIONS, found, run.id)
     draw_extractions(grid, run.model, run.sources["train"], found, title)
     draw_similarities(histogram, found, title)
     write_json(folder / "result.json", {"schema": SCHEMA} | document)

@@ -185,7 +185,8 @@ def sweep(
             document = _measure_plan(work, plan_rows(settings))
         else:
             document = _search(work, target_reduction, settings.by)
-        document = {"run": str(run.path), "judge": chosen.name, "threshold": chosen.threshold} | document
+        named = {"run": str(run.path), "run_id": run.id, "judge": chosen.name, "threshold": chosen.threshold}
+        document = named | document
         document["caution"] = CAUTION
         document["re_attacks"] = [found.record() for found in _attack_again(work, again)]
         name = "sweep" if target_reduction is None else "search"
