@@ -149,7 +149,10 @@ class Ranks:
         return sum(not self.is_dead(rank) for rank in range(self.size))
 
     def leave(self) -> None:
-        """Say that this rank ends; the leading one waits for the others, because the store ends with it."""
+        """Say that this rank ends; the leading one waits for the others, because the store ends with it.
+
+        It also waits for those that have not started yet: they are to learn how it ended.
+        """
         if not self.leads:
             with suppress(FastmemError):
                 self.tell(f"left/{self.rank}")
@@ -158,7 +161,7 @@ class Ranks:
         last = time.monotonic() + END_SECONDS
         with suppress(FastmemError):
             while time.monotonic() < last and any(
-                self.heard(f"left/{rank}") is None and self.heard(f"who/{rank}") is not None and not self.is_dead(rank)
+                self.heard(f"left/{rank}") is None and not self.is_dead(rank)
                 for rank in range(1, self.size)
             ):
                 time.sleep(WAIT_SECONDS)
@@ -301,7 +304,7 @@ class WorkQueue:
         time.sleep(WAIT_SECONDS)
 
 
-_JOINED: list[Ranks | None] = []
+_JOINED: list[Ranks] = []
 
 
 def current_ranks() -> Ranks | None:
@@ -311,11 +314,11 @@ def current_ranks() -> Ranks | None:
 
     Raises: UsageError where they are set and wrong, or the other ranks cannot be reached.
     """
+    if not in_job():
+        return None
     if not _JOINED:
-        ranks = _join()
-        _JOINED.append(ranks)
-        if ranks is not None:
-            atexit.register(ranks.leave)
+        _JOINED.append(_join())
+        atexit.register(_JOINED[0].leave)
     return _JOINED[0]
 
 
@@ -329,9 +332,7 @@ def in_job() -> bool:
     return "RANK" in os.environ and os.environ.get("WORLD_SIZE", "").strip() not in ("", "1")
 
 
-def _join() -> Ranks | None:
-    if not in_job():
-        return None
+def _join() -> Ranks:
     from torch.distributed import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
@@ -371,12 +372,13 @@ def _find_attempt(store: Any, rank: int) -> str:
     """
     # no earlier attempt can have answered this question
     question, last = os.urandom(8).hex(), time.monotonic() + START_SECONDS
-    store.set(f"fastmem/asks/{rank}", question)
-    while time.monotonic() < last:
-        if store.check([f"fastmem/answers/{question}"]):
-            found: str = store.get(f"fastmem/answers/{question}").decode()
-            return found
-        time.sleep(WAIT_SECONDS)
+    with suppress(RuntimeError, ValueError):
+        store.set(f"fastmem/asks/{rank}", question)
+        while time.monotonic() < last:
+            if store.check([f"fastmem/answers/{question}"]):
+                found: str = store.get(f"fastmem/answers/{question}").decode()
+                return found
+            time.sleep(WAIT_SECONDS)
     raise UsageError(f"expected rank 0 to start within {START_SECONDS:.0f} s, got no answer: start all ranks together")
 
 

@@ -150,7 +150,13 @@ class RunningSet:
     def check_unit(
         self, images: WorkUnit, tensors: Mapping[str, Tensor], header: Mapping[str, Any], path: Path
     ) -> None:
-        """Check that what was read from the file ``path`` can be a finished work unit of these ``images``.
+        """Check that what was read from a file can be a finished work unit.
+
+        Args:
+            images: those of the unit.
+            tensors: what the file holds.
+            header: its entries.
+            path: the file, which an error names.
 
         Raises: InputFileError where it cannot.
         """

@@ -414,8 +414,9 @@ class _Scorer:
         self.skipped[split] = running.skipped
         if running.losses is not None:
             self.losses[split] = running.losses
-        if folder is not None and split == "train" and not stats.count:
-            # nothing came of it, and the folder can be taken again once the images can be read
+        if folder is not None and split == "train" and not stats.count and self.shard is None:
+            # nothing came of it, and the folder can be taken again once the images can be read; another slice may have
+            # images that can
             folder.remove_unscored()
             check_readable(source, len(manifest), 0, next(iter(running.skipped), None))
         if folder is not None:

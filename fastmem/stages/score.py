@@ -9,7 +9,6 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from fastmem.data.loading import check_readable
 from fastmem.data.sources import ImageSource
 from fastmem.errors import UsageError
 from fastmem.files import read_json
@@ -132,9 +131,6 @@ def score(
         )
         if out is None:
             return found
-        if part is None:
-            # another slice may have images that can be read
-            check_readable(source, len(found.skipped), found.train.count, next(iter(found.skipped), None))
         folder = RunFolder(Path(out))
         if ranks is not None and not ranks.leads:
             ranks.wait_for(ranks.key("end"))

@@ -17,7 +17,7 @@ from fastmem.errors import InputFileError, UsageError
 from fastmem.reporter import Reporter
 from fastmem.runs.folder import RunFolder, RunInputs, run_id
 from fastmem.stages.opened_run import open_run
-from tests.conftest import random_images, run, write_folder
+from tests.conftest import folder_bytes, random_images, run, write_folder
 
 KEYS = (
     "run edit candidates threshold prefix_unit prefixes embedder extracted extracted_original extracted_distinct "
@@ -150,9 +150,9 @@ main(sys.argv[2:])
 
 
 def extraction_files(run_folder: Path) -> dict[str, bytes]:
-    """Every file of the extraction but its result, which holds the seconds it took."""
-    files = sorted(p for p in (run_folder / "extractions").rglob("*") if p.is_file() and p.name != "result.json")
-    return {str(p.relative_to(run_folder)): p.read_bytes() for p in files}
+    """Every file of the extraction but its result, which names the run's folder."""
+    found = folder_bytes(run_folder / "extractions")
+    return {name: content for name, content in found.items() if not name.endswith("result.json")}
 
 
 def test_a_killed_extraction_resumes_to_the_same_bytes(tiny_run, tmp_path):

@@ -513,9 +513,19 @@ def test_a_bomb_that_says_a_small_size_stays_small(tmp_path: Path) -> None:
     tracemalloc.stop()
 
 
-def test_a_zip_that_was_exchanged_gives_damaged_images(tmp_path: Path) -> None:
+def test_a_zip_that_was_exchanged_is_refused(tmp_path: Path) -> None:
     source = ZipSource(write_zip(tmp_path / "a.zip", ANIMALS))
     write_zip(tmp_path / "a.zip", {"bird/1.png": encoded(1)})
+    for index in (0, 3):
+        with pytest.raises(InputFileError, match="a.zip as it was listed, with"):
+            source.read(index)
+
+
+def test_an_image_that_a_zip_of_the_same_size_lacks_is_damaged(tmp_path: Path) -> None:
+    source = ZipSource(write_zip(tmp_path / "a.zip", ANIMALS))
+    size = (tmp_path / "a.zip").stat().st_size
+    write_zip(tmp_path / "a.zip", {name[::-1]: content for name, content in ANIMALS.items()})
+    assert (tmp_path / "a.zip").stat().st_size == size
     for index in (0, 3):
         with pytest.raises(DamagedImage, match="not in the zip any more"):
             source.read(index)
