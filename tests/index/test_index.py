@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import struct
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,7 @@ from fastmem.index.files import read_header, write_index
 from fastmem.index.merge import merge_indexes
 from fastmem.index.search import EmbeddingIndex
 from fastmem.reporter import Reporter
-from tests.conftest import FakeEmbedder, folder_bytes, random_images, run, start_python, write_folder
+from tests.conftest import FakeEmbedder, folder_bytes, random_images, run, run_ranks, write_folder
 
 
 def unit(seed: int, count: int) -> np.ndarray:
@@ -277,49 +277,43 @@ def test_another_model_of_the_same_name_is_refused(tmp_path):
         EmbeddingIndex(tmp_path, "cpu").check_embedder(other)
 
 
-# a process that makes an index slowly enough to be stopped on the way, saving after every second batch
-CHILD = """
-import sys, time
-import numpy as np
-from tests.conftest import FakeEmbedder
-from fastmem import FolderSource
-from fastmem.index import pending
-from fastmem.index.build import build_index
-from fastmem.reporter import Reporter
-pending.SAVE_IMAGES = 6
-def advance(images):
-    print("advance", flush=True)
-    time.sleep(float(sys.argv[3]))
-build_index(FolderSource(sys.argv[1]), FakeEmbedder(), sys.argv[2], resume=sys.argv[4] == "resume", workers=0,
-            factory=sys.argv[5], reporter=Reporter(advance=advance))
-"""
+def index_until(data: Path, out: Path, advances: int | None = None, number: int = 0, **settings: object) -> int:
+    """Exit code of a process that makes an index, saves after every second batch, and sends itself a signal.
+
+    The signal with this number comes when this many steps have been told; without a number of steps, none comes.
+    """
+
+    def work(rank: int) -> None:
+        told: list[int] = []
+
+        def advance(images: int) -> None:
+            told.append(images)
+            if len(told) == advances:
+                os.kill(os.getpid(), number)
+
+        embedder = FakeEmbedder()
+        build_index(FolderSource(data), embedder, out, workers=0, reporter=Reporter(advance=advance), **settings)
+        assert embedder.seen < 30
+
+    (code,) = run_ranks(1, work)
+    return code
 
 
-def start_child(data: Path, out: Path, delay: float, mode: str, factory: str) -> subprocess.Popen:
-    return start_python(CHILD, data, out, delay, mode, factory)
-
-
-def test_a_killed_run_resumes_to_the_same_bytes(tmp_path):
+def test_a_killed_run_resumes_to_the_same_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(pending, "SAVE_IMAGES", 6)
     # a graph is what could most easily differ
     factory = "HNSW16"
-    write_numbers(tmp_path / "data", range(40))
-    (tmp_path / "data" / "class-1" / "05.png").write_bytes(b"broken")
-    (tmp_path / "data" / "class-2" / "38.png").write_bytes(b"")
-    whole = build_index(FolderSource(tmp_path / "data"), FakeEmbedder(), tmp_path / "whole", factory=factory).path
-    out = tmp_path / "parts"
-    for mode, advances, number in (("new", 5, signal.SIGKILL), ("resume", 2, signal.SIGINT)):
-        child = start_child(tmp_path / "data", out, 0.02, mode, factory)
-        for _ in range(advances):
-            assert child.stdout.readline() == "advance\n", child.stderr.read()
-        child.send_signal(number)
-        talk = child.communicate(timeout=60)[1]
-        assert child.returncode == -signal.SIGKILL if number == signal.SIGKILL else "Stopped" in talk
+    data, out = tmp_path / "data", tmp_path / "parts"
+    write_numbers(data, range(40))
+    (data / "class-1" / "05.png").write_bytes(b"broken")
+    (data / "class-2" / "38.png").write_bytes(b"")
+    whole = build_index(FolderSource(data), FakeEmbedder(), tmp_path / "whole", factory=factory).path
+    stops = ((False, 5, signal.SIGKILL, -signal.SIGKILL), (True, 2, signal.SIGINT, 130))
+    for resume, advances, number, code in stops:
+        assert index_until(data, out, advances, number, factory=factory, resume=resume) == code
         assert list((out / "pending").glob("*.safetensors"))
         assert not (out / "index.json").exists()
-    child = start_child(tmp_path / "data", out, 0, "resume", factory)
-    talk = child.communicate(timeout=60)
-    assert child.returncode == 0, talk[1]
-    assert talk[0].count("advance") < 10
+    assert index_until(data, out, factory=factory, resume=True) == 0
     assert folder_bytes(out) == folder_bytes(whole)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import os
 import signal
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from fastmem.data.manifest import Manifest
 from fastmem.models.model import to_unit_range
 from fastmem.reporter import Reporter
 from fastmem.scoring.class_order import check_class_order
-from tests.conftest import folder_bytes, random_images, start_python, write_folder
+from tests.conftest import folder_bytes, random_images, run_ranks, write_folder
 
 STATS = ("mean", "var", "view_var", "top_value", "top_image", "class_mean", "class_var")
 
@@ -165,75 +166,61 @@ def test_nothing_but_broken_files_gives_empty_statistics(toy_model, tmp_path):
     assert result.train.undefined.keys() == {"unitmem", "within-class", "class-selectivity"}
 
 
-# a process that scores toy images slowly enough to be stopped on the way, saving after every work unit
-CHILD = """
-import importlib, sys, time
-import numpy as np
-import torch
-from tests.conftest import make_toy_model, random_images
-from fastmem import ArraySource, score
-module = importlib.import_module("fastmem.scoring.score")
-module.SAVE_SECONDS, module.UNIT_IMAGES = 0, 2
-torch.set_num_threads(1)
-model = make_toy_model()
-source = ArraySource(random_images(40, 16), np.repeat([0, 1, 2, 4], 10))
-def advance(images):
-    print("advance", flush=True)
-    time.sleep(float(sys.argv[2]))
-reporter = module.Reporter(advance=advance)
-score(model, source, heldout=source, views=3, batch_size=3, out=sys.argv[1], resume=sys.argv[3] == "resume",
-      check_classes=False, workers=0, token_cache=sys.argv[4], reporter=reporter)
-"""
+def score_until(model, folder: Path, advances: int | None = None, number: int = 0, **settings: object) -> int:
+    """Exit code of a process that scores toy images, saves after every work unit, and sends itself a signal.
 
+    The signal with this number comes when this many steps have been told; without a number of steps, none comes.
+    """
 
-def start_child(folder: Path, delay: float, mode: str = "new", cache: str | Path = "off") -> subprocess.Popen:
-    return start_python(CHILD, folder, delay, mode, cache)
+    def work(rank: int) -> None:
+        module = importlib.import_module("fastmem.scoring.score")
+        module.SAVE_SECONDS, module.UNIT_IMAGES = 0, 2
+        told: list[int] = []
 
+        def advance(images: int) -> None:
+            told.append(images)
+            if len(told) == advances:
+                os.kill(os.getpid(), number)
 
-def stop_after(child: subprocess.Popen, advances: int, number: signal.Signals) -> str:
-    for _ in range(advances):
-        assert child.stdout.readline() == "advance\n"
-    child.send_signal(number)
-    return child.communicate(timeout=60)[1]
+        source = ArraySource(random_images(40, 16), np.repeat([0, 1, 2, 4], 10))
+        options = {"views": 3, "batch_size": 3, "check_classes": False, "workers": 0, **settings}
+        score(model, source, heldout=source, out=folder, reporter=Reporter(advance=advance), **options)
+
+    (code,) = run_ranks(1, work)
+    return code
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
+def undisturbed(toy_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed") / "run"
-    child = start_child(folder, 0)
-    assert child.wait(timeout=60) == 0
+    assert score_until(toy_model, folder) == 0
     return folder
 
 
 @pytest.mark.parametrize("cache", ["off", "tokens"])
-def test_a_killed_run_resumes_to_the_same_bytes(tmp_path, undisturbed, cache):
+def test_a_killed_run_resumes_to_the_same_bytes(toy_model, tmp_path, undisturbed, cache):
     parts = tmp_path / "parts"
     where = "off" if cache == "off" else tmp_path / cache
-    for mode, advances in (("new", 7), ("resume", 12), ("resume", 30)):
-        child = start_child(parts, 0.02, mode, where)
-        stop_after(child, advances, signal.SIGKILL)
-        assert child.returncode == -signal.SIGKILL
+    for resume, advances in ((False, 7), (True, 12), (True, 30)):
+        code = score_until(toy_model, parts, advances, signal.SIGKILL, resume=resume, token_cache=where)
+        assert code == -signal.SIGKILL
         assert (parts / "state.safetensors").exists()
-    child = start_child(parts, 0, "resume", where)
-    assert child.wait(timeout=60) == 0, child.stderr.read()
+    assert score_until(toy_model, parts, resume=True, token_cache=where) == 0
     # how long it took, and where tokens are kept
     other = {"result.json", "inputs.json"}
     found, expected = ({k: v for k, v in folder_bytes(f).items() if k not in other} for f in (parts, undisturbed))
     assert found == expected
 
 
-def test_ctrl_c_keeps_what_was_finished(tmp_path):
-    child = start_child(tmp_path / "run", 0.05)
-    talk = stop_after(child, 10, signal.SIGINT)
-    assert "Stopped" in talk
+def test_ctrl_c_keeps_what_was_finished(toy_model, tmp_path):
     from fastmem.files import read_tensors
     from fastmem.scoring.score import STATE_SCHEMA
 
+    assert score_until(toy_model, tmp_path / "run", 10, signal.SIGINT) == 130
     _, header = read_tensors(tmp_path / "run" / "state.safetensors", STATE_SCHEMA)
     assert header["set"] == "train"
     assert header["units"] >= 4
-    child = start_child(tmp_path / "run", 0, "resume")
-    assert child.wait(timeout=60) == 0, child.stderr.read()
+    assert score_until(toy_model, tmp_path / "run", resume=True) == 0
 
 
 def test_a_folder_with_a_run_is_not_overwritten(toy_model, toy_source, tmp_path):
