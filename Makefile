@@ -24,8 +24,9 @@ $(VENV)/.stamp: $(BUILD_FILES)
 demo: setup
 	$(VENV)/bin/fastmem demo
 
+# a process of tests for every core, each with one thread
 test: setup
-	$(RUN) -m pytest
+	$(RUN) -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 
 test-heavy: setup
 	$(RUN) -m pytest -m heavy

@@ -21,6 +21,11 @@ from PIL import Image
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+# one of several processes that share the cores; threads of their own would wait for each other
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+
 # a shell ignores Ctrl-C for what it starts in the background, and children inherit that: tests of interrupts need it
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
