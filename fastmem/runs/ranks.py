@@ -161,8 +161,7 @@ class Ranks:
         last = time.monotonic() + END_SECONDS
         with suppress(FastmemError):
             while time.monotonic() < last and any(
-                self.heard(f"left/{rank}") is None and not self.is_dead(rank)
-                for rank in range(1, self.size)
+                self.heard(f"left/{rank}") is None and not self.is_dead(rank) for rank in range(1, self.size)
             ):
                 time.sleep(WAIT_SECONDS)
         self._stopped.set()
